@@ -1,0 +1,79 @@
+"""What a user writes: a deterministic state machine, and, if wanted, a hook that runs on the leader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from raftfleet.core.context import CommandContext
+
+__all__ = ["CommandContext", "LeaderHook", "StateMachine"]
+
+
+class StateMachine:
+    """Base class of every replicated value (raft_fleet's ``RaftedValue.Data``).
+
+    One instance serves one member. Arguments, results and, unless ``dump`` and ``load`` are overridden, states are what
+    msgpack carries: None, bool, int (64 bit), float, str, bytes, list, dict. A tuple arrives as a list.
+
+    ``command`` must be deterministic: no clock, no randomness, no I/O, no iteration over sets of str. What it may use
+    instead is in :attr:`context`. It returns the next state and must not change the state it was given when it raises;
+    the simplest way is never to change it in place.
+
+    Attributes:
+        version: raised when ``command`` changes its meaning (see :meth:`upgrade`).
+        context: :class:`~raftfleet.core.context.CommandContext` of the command being applied.
+    """
+
+    version: int = 1
+    context: CommandContext = CommandContext()
+
+    def new(self) -> Any:
+        """The state of a new group."""
+        raise NotImplementedError
+
+    def command(self, state: Any, arg: Any) -> tuple[Any, Any]:
+        """Apply one command: return ``(result, next state)``."""
+        raise NotImplementedError
+
+    def query(self, state: Any, arg: Any) -> Any:
+        """Answer from ``state`` without changing it."""
+        raise NotImplementedError
+
+    def dump(self, state: Any) -> bytes:
+        """Bytes from which :meth:`load` makes an equal state: for snapshots."""
+        return bytes(msgpack.packb(state, use_bin_type=True))
+
+    def load(self, data: bytes) -> Any:
+        """The inverse of :meth:`dump`."""
+        return msgpack.unpackb(data, raw=False, strict_map_key=False)
+
+    def upgrade(self, state: Any, from_version: int) -> Any:
+        """Bring a state of an older ``version`` up to this one."""
+        return state
+
+
+class LeaderHook:
+    """Called on the leader only, at least once, after the fact (raft_fleet's ``LeaderHook``).
+
+    What a hook raises is logged and counted; it stops nothing. ``group`` is the group's name.
+    """
+
+    def on_command_committed(self, group: str, before: Any, arg: Any, result: Any, after: Any) -> None:
+        """A command was committed and applied."""
+
+    def on_query_answered(self, group: str, state: Any, arg: Any, result: Any) -> None:
+        """A linearizable query was answered."""
+
+    def on_member_added(self, group: str, node: str) -> None:
+        """A member on ``node`` became part of the group."""
+
+    def on_member_removed(self, group: str, node: str) -> None:
+        """The member on ``node`` is no longer part of the group."""
+
+    def on_elected(self, group: str) -> None:
+        """This node's member became leader and has committed in its term."""
+
+    def on_restored(self, group: str, state: Any) -> None:
+        """The state was restored from a snapshot or from disk."""
