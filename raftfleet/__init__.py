@@ -1,0 +1,1 @@
+"""Many Raft consensus groups on a fleet of nodes."""

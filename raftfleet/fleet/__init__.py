@@ -1,0 +1,1 @@
+"""The fleet group's state machine, placement and reconciling plans: pure functions and objects."""

@@ -1,0 +1,1 @@
+"""Where logs, terms, votes and snapshots are kept."""

@@ -1,0 +1,1 @@
+"""ZeroMQ sockets between nodes, and CURVE keys."""
