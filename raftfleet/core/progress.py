@@ -41,6 +41,7 @@ class Progress:
         "ack_stamp",
         "caught_up",
         "in_flight",
+        "known_commit",
         "led",
         "led_seq",
         "life",
@@ -50,6 +51,7 @@ class Progress:
         "sent_stamp",
         "state",
         "told_commit",
+        "told_stamp",
         "transfer",
     )
 
@@ -62,7 +64,9 @@ class Progress:
         self.in_flight = 0  # REPLICATE: appends out
         self.sent_stamp = 0  # of the newest append or chunk
         self.ack_stamp = 0  # of the newest append that was answered in this term
-        self.told_commit = 0
+        self.told_commit = 0  # newest commit index sent
+        self.told_stamp = 0  # of the first append that carried it
+        self.known_commit = 0  # newest commit index that an answered append carried
         self.led = False  # counted in the link's digest
         self.led_seq = 0
         self.caught_up = False  # a learner was reported as ready to be promoted

@@ -1,0 +1,693 @@
+"""A shard: many members, their links and timers, as one object that does no I/O.
+
+This module does not know about sockets, files, clocks or threads. The caller's loop, and the order of its duties
+(etcd's Ready and Advance, for all groups at once)::
+
+    shard.begin(now_us, wall_us)
+    for sender, messages in everything that can be read: shard.receive(sender, messages)
+    for every request of a client:                       shard.propose(...) / shard.query(...)
+    shard.tick()                            when now_us >= shard.next_deadline_us()
+    shard.flush()                           puts waiting commands into logs, makes the appends
+    send shard.take_sends()                 appends may leave before anything is on disk
+    write shard.take_records() to disk, shard.saved()        (durable shards only)
+    send shard.take_saved_sends()           votes and acknowledgements: only after what they promise is saved
+    shard.apply()                           runs the users' code, answers
+    shard.settle(clock again)               lease answers are handed out only if the lease still holds
+    hand out shard.take_replies(), shard.take_events()
+
+``finish()`` does the part from ``flush`` on for a shard in memory and returns all of it.
+
+An idle group costs nothing here: only members with a timer, with something unacknowledged (``active``), with waiting
+reads (``reading``) or with entries to apply are ever looked at; the rest is the links' beats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raftfleet.core.config import GroupConfig
+from raftfleet.core.links import LIST_PART_GROUPS, MISMATCHES_BEFORE_LIST, Link, SentBeat
+from raftfleet.core.member import GROUP_GONE, NOT_LEADER, Member
+from raftfleet.core.membership import Membership
+from raftfleet.core.messages import (
+    APPEND,
+    APPEND_ANSWER,
+    BEAT,
+    BEAT_ANSWER,
+    FORCE_CONFIG,
+    GONE,
+    LINK_LIST,
+    LINK_LIST_ANSWER,
+    RECOVER_ANSWER,
+    RECOVER_QUERY,
+    SNAPSHOT,
+    SNAPSHOT_ANSWER,
+    STEP_DOWN,
+    TIMEOUT_NOW,
+    VOTE,
+    VOTE_ANSWER,
+    Append,
+    Beat,
+    BeatAnswer,
+    Gone,
+    LinkList,
+    LinkListAnswer,
+    Snapshot,
+)
+
+if TYPE_CHECKING:
+    import random
+
+HELD_VOTES_MAX = 4096
+"""Vote requests kept for groups of which this shard has not been told yet."""
+HELD_VOTE_US = 2_000_000
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What is the same for all groups of a shard.
+
+    Attributes:
+        beat_interval_us: one beat per linked shard each so many microseconds.
+        vote_silence_us: a durable shard that restarted gives no vote for so long (DESIGN 5.9); 0 in memory.
+    """
+
+    beat_interval_us: int = 200_000
+    vote_silence_us: int = 0
+
+
+@dataclass
+class Effects:
+    """What one loop gave: messages by receiver, answers ``(token, code, body)``, events (tuples, first the kind)."""
+
+    sends: dict[int, list[Any]]
+    replies: list[tuple[object, int, Any]]
+    events: list[tuple[Any, ...]]
+
+
+class Shard:
+    """All members of one worker. ``instance`` is its identity and that of each of its members (DESIGN 1)."""
+
+    def __init__(self, instance: int, rng: random.Random, settings: ShardSettings | None = None) -> None:
+        self.instance = instance
+        self.rng = rng
+        self.settings = settings or ShardSettings()
+        self.now_us = 0
+        self.wall_us = 0
+        self.stamp = 0
+        self.members: dict[int, Member] = {}
+        self.links: dict[int, Link] = {}
+        self.active: dict[int, Member] = {}
+        self.reading: dict[int, Member] = {}
+        self.tombstones: dict[int, tuple[int, int, int]] = {}
+        self.gone: dict[int, str] = {}  # instance -> why: "operator" or anything else that proves it
+        self.violations: list[str] = []
+        self.may_create: Callable[[int], tuple[str, GroupConfig, Any] | None] = lambda uid: None
+        self.is_dead: Callable[[int], bool] = lambda uid: False
+        self.node_of: Callable[[int], str] = str
+        self.applied_listener: dict[int, Callable[[int, int, list[bytes]], None]] = {}
+        self.restored_listener: dict[int, Callable[[], None]] = {}
+        self.user_code_watch: Callable[[Member | None], None] | None = None
+        self._dirty: dict[int, Member] = {}
+        self._applying: dict[int, Member] = {}
+        self._sends: dict[int, list[Any]] = {}
+        self._saved_sends: dict[int, list[Any]] = {}
+        self._replies: list[tuple[object, int, Any]] = []
+        self._events: list[tuple[Any, ...]] = []
+        self._lease_offers: list[tuple[Member, int, object, bytes, int, Any]] = []
+        self._want_beat: dict[int, bool] = {}
+        self._timers: list[tuple[int, int]] = []
+        self._next_beat_us = 0
+        self._started_us = -1
+        self._held_votes: dict[tuple[int, int], tuple[int, Any]] = {}
+        self._established: list[Member] = []
+        self._user_depth = 0
+        self._handlers: dict[int, Callable[[Member, int, Any], None]] = {
+            APPEND: Member.on_append,
+            APPEND_ANSWER: Member.on_append_answer,
+            VOTE: Member.on_vote,
+            VOTE_ANSWER: Member.on_vote_answer,
+            SNAPSHOT: Member.on_snapshot,
+            SNAPSHOT_ANSWER: Member.on_snapshot_answer,
+            TIMEOUT_NOW: Member.on_timeout_now,
+            STEP_DOWN: Member.on_step_down,
+            GONE: Member.on_gone,
+            RECOVER_QUERY: Member.on_recover_query,
+            RECOVER_ANSWER: Member.on_recover_answer,
+            FORCE_CONFIG: Member.on_force_config,
+        }
+        self._link_handlers: dict[int, Callable[[Link, Any], None]] = {
+            BEAT: self._on_beat,
+            BEAT_ANSWER: self._on_beat_answer,
+            LINK_LIST: self._on_link_list,
+            LINK_LIST_ANSWER: self._on_link_list_answer,
+        }
+
+    # ------------------------------------------------------------------ the loop
+
+    def begin(self, now_us: int, wall_us: int) -> None:
+        """Start an iteration. ``now_us`` is monotonic; ``stamp`` rises even where the clock does not."""
+        if now_us > self.now_us:
+            self.now_us = now_us
+        self.wall_us = wall_us
+        self.stamp = max(self.now_us, self.stamp + 1)
+        if self._started_us < 0:
+            self._started_us = self.now_us
+            self._next_beat_us = self.now_us
+
+    def receive(self, sender: int, messages: list[Any]) -> None:
+        """Take messages of the shard ``sender``. They were checked field by field when they were decoded."""
+        members = self.members
+        handlers = self._handlers
+        for message in messages:
+            kind = message[0]
+            handler = handlers.get(kind)
+            if handler is None:
+                link_handler = self._link_handlers.get(kind)
+                if link_handler is not None:
+                    link_handler(self.link(sender), message)
+                continue
+            member = members.get(message[1])
+            if member is None:
+                member = self._unknown(sender, message)
+                if member is None:
+                    continue
+            handler(member, sender, message)
+
+    def tick(self) -> None:
+        """Timers and beats that are due."""
+        now_us = self.now_us
+        timers = self._timers
+        while timers and timers[0][0] <= now_us:
+            at, uid = heapq.heappop(timers)
+            member = self.members.get(uid)
+            if member is not None and member.timer_us == at:
+                member.timer_due()
+        if now_us >= self._next_beat_us:
+            self._next_beat_us = now_us + self.settings.beat_interval_us
+            self._beat()
+
+    def next_deadline_us(self) -> int:
+        """When :meth:`tick` wants to be called next."""
+        timers = self._timers
+        members = self.members
+        while timers:
+            at, uid = timers[0]
+            member = members.get(uid)
+            if member is not None and member.timer_us == at:
+                return min(at, self._next_beat_us)
+            heapq.heappop(timers)
+        return self._next_beat_us
+
+    def flush(self) -> None:
+        """Put waiting commands into the logs, send appends, ask for what reads need, send beats that were wanted."""
+        if self._dirty:
+            dirty = self._dirty
+            self._dirty = {}
+            for member in dirty.values():
+                member.flush()
+        if self.reading:
+            for member in self.reading.values():
+                member.ask_for_confirmation()
+        if self._want_beat:
+            for peer in self._want_beat:
+                link = self.links[peer]
+                if link.beat_stamp < self.stamp:
+                    self._send_beat(link, periodic=self._want_beat[peer])
+            self._want_beat = {}
+
+    def apply(self) -> None:
+        """Apply what is committed and answer what can be answered."""
+        if self._applying:
+            applying = self._applying
+            self._applying = {}
+            for member in applying.values():
+                if self.members.get(member.uid) is member:
+                    member.apply_committed()
+                    if member.lead is not None and member.lead.reads:
+                        self.reading[member.uid] = member
+        if self._established:
+            established = self._established
+            self._established = []
+            for member in established:
+                member.on_established()
+        if self.reading:
+            for member in list(self.reading.values()):
+                if not member.answer_reads():
+                    self.reading.pop(member.uid, None)
+
+    def settle(self, now_us: int) -> None:
+        """Hand out the lease answers whose lease holds at ``now_us``, read after the state was (DESIGN 5.10)."""
+        offers = self._lease_offers
+        if not offers:
+            return
+        self._lease_offers = []
+        for member, until_us, token, arg, code, body in offers:
+            if now_us < until_us and member.lease_until_us() >= until_us:
+                self.reply(token, code, body)
+            else:
+                member.read(arg, token)
+
+    def finish(self) -> Effects:
+        """Everything from :meth:`flush` on, for a shard in memory."""
+        self.flush()
+        self.apply()
+        self.settle(self.now_us)
+        if self._dirty:
+            self.flush()
+        sends = self.take_sends()
+        for peer, messages in self.take_saved_sends().items():
+            sends.setdefault(peer, []).extend(messages)
+        return Effects(sends, self.take_replies(), self.take_events())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another round of :meth:`flush` and :meth:`apply` would do something now."""
+        return bool(self._dirty or self._applying or self._sends or self._saved_sends or self._want_beat)
+
+    def take_sends(self) -> dict[int, list[Any]]:
+        """Messages that may leave at once, by receiver, in order."""
+        sends = self._sends
+        self._sends = {}
+        return sends
+
+    def take_saved_sends(self) -> dict[int, list[Any]]:
+        """Messages that may leave once everything so far is saved."""
+        sends = self._saved_sends
+        self._saved_sends = {}
+        return sends
+
+    def take_replies(self) -> list[tuple[object, int, Any]]:
+        """Answers to requests: ``(token, code, body)``."""
+        replies = self._replies
+        self._replies = []
+        return replies
+
+    def take_events(self) -> list[tuple[Any, ...]]:
+        """What the owner may want to know: tuples whose first item is the kind."""
+        events = self._events
+        self._events = []
+        return events
+
+    # ------------------------------------------------------------------ groups
+
+    def create_group(
+        self,
+        uid: int,
+        name: str,
+        config: GroupConfig,
+        machine: Any,
+        voters: tuple[int, ...] | None,
+        *,
+        campaign: bool = False,
+        hook: Any = None,
+        life: int = 0,
+    ) -> Member:
+        """Start a member: as one of the first ``voters``, or (None) empty, to be filled by its leader."""
+        assert uid not in self.members, uid
+        membership = Membership.first(voters) if voters is not None else Membership((), (), {})
+        with self.user_code(None):
+            member = Member(self, uid, name, config, machine, membership, life)
+        member.hook = hook
+        self.members[uid] = member
+        buried = self.tombstones.pop(uid, None)
+        if buried is not None:
+            member.term, member.vote, _ = buried
+        if voters is not None:
+            member._wait_to_campaign()
+            if campaign:
+                member.campaign(pre=True)
+        for (held_uid, sender), (until_us, message) in list(self._held_votes.items()):
+            if held_uid == uid:
+                del self._held_votes[held_uid, sender]
+                if until_us >= self.now_us:
+                    member.on_vote(sender, message)
+        return member
+
+    def remove_group(self, uid: int) -> None:
+        """The group is no more: answer what waits, forget everything."""
+        member = self.members.get(uid)
+        if member is not None:
+            self._forget(member, GROUP_GONE)
+        self.tombstones.pop(uid, None)
+
+    def drop_member(self, member: Member) -> None:
+        """This member was removed from a group that lives on. Its term and vote stay known: it may be added again."""
+        self._forget(member, NOT_LEADER)
+        self.tombstones[member.uid] = (member.term, member.vote, member.life)
+        self.event("member_gone", member.uid)
+
+    def _forget(self, member: Member, code: int) -> None:
+        if member.lead is not None:
+            first = len(self._replies)
+            member.step_down()
+            if code == GROUP_GONE:
+                self._replies[first:] = [
+                    (token, GROUP_GONE if was == NOT_LEADER else was, body) for token, was, body in self._replies[first:]
+                ]
+        if member.leader:
+            self.link(member.leader).unfollow(member)
+            member.leader = 0
+        uid = member.uid
+        for table in (self.members, self.active, self.reading, self._dirty, self._applying):
+            table.pop(uid, None)
+
+    def _unknown(self, sender: int, message: Any) -> Member | None:
+        """A message for a group that has no member here."""
+        kind, uid = message[0], message[1]
+        if self.is_dead(uid):
+            if kind in (APPEND, SNAPSHOT, VOTE):
+                self.send(sender, Gone(GONE, uid, message[2], -1))
+            return None
+        if kind == VOTE:
+            if len(self._held_votes) >= HELD_VOTES_MAX:
+                self._held_votes.pop(next(iter(self._held_votes)))
+            self._held_votes[uid, sender] = (self.now_us + HELD_VOTE_US, message)
+            return None
+        if kind not in (APPEND, SNAPSHOT):
+            return None
+        life = message.life
+        buried = self.tombstones.get(uid)
+        if buried is not None and life <= buried[2]:
+            # What this instance once knew as that member is forgotten: it may not answer in that life's name.
+            return None
+        if life == 0:
+            return None  # a first member is created from the fleet's log, with its voters
+        recipe = self.may_create(uid)
+        if recipe is None:
+            return None
+        name, config, machine = recipe
+        return self.create_group(uid, name, config, machine, None, life=life)
+
+    # ------------------------------------------------------------------ requests
+
+    def propose(self, uid: int, command: bytes, token: object) -> None:
+        """A packed command for group ``uid``; answered once, with ``token``."""
+        member = self.members.get(uid)
+        if member is None:
+            self.reply(token, GROUP_GONE if self.is_dead(uid) else NOT_LEADER, (0, 0))
+            return
+        member.propose(command, token)
+
+    def query(self, uid: int, arg: bytes, token: object, *, stale: bool = False) -> None:
+        """A packed query. ``stale``: answered from this member as it is, whoever leads."""
+        member = self.members.get(uid)
+        if member is None:
+            self.reply(token, GROUP_GONE if self.is_dead(uid) else NOT_LEADER, (0, 0))
+        elif stale:
+            self.reply(token, *member.evaluate(arg))
+        else:
+            member.read(arg, token)
+
+    def add_learner(self, uid: int, instance: int) -> None:
+        """See :meth:`Member.add_learner`."""
+        self.members[uid].add_learner(instance)
+
+    def promote(self, uid: int, instance: int) -> None:
+        """See :meth:`Member.promote`."""
+        self.members[uid].promote(instance)
+
+    def remove_member(self, uid: int, instance: int) -> None:
+        """See :meth:`Member.remove`."""
+        self.members[uid].remove(instance)
+
+    def transfer(self, uid: int, instance: int) -> None:
+        """See :meth:`Member.transfer`."""
+        self.members[uid].transfer(instance)
+
+    # ------------------------------------------------------------------ what members use
+
+    def send(self, peer: int, message: Any) -> None:
+        """To be sent with this loop's first frames."""
+        messages = self._sends.get(peer)
+        if messages is None:
+            self._sends[peer] = [message]
+        else:
+            messages.append(message)
+
+    def send_saved(self, peer: int, message: Any) -> None:
+        """To be sent after everything of this loop is saved (rule 6)."""
+        messages = self._saved_sends.get(peer)
+        if messages is None:
+            self._saved_sends[peer] = [message]
+        else:
+            messages.append(message)
+
+    def reply(self, token: object, code: int, body: Any) -> None:
+        """Answer a request."""
+        self._replies.append((token, code, body))
+
+    def event(self, *event: Any) -> None:
+        """Tell the owner."""
+        self._events.append(event)
+        if event[0] == "leader":
+            member = self.members[event[1]]
+            if member.hook is not None:
+                self._established.append(member)
+
+    def offer_lease_answer(
+        self, member: Member, until_us: int, token: object, arg: bytes, code: int, body: Any
+    ) -> None:
+        """An answer under the lease, to be handed out by :meth:`settle`."""
+        self._lease_offers.append((member, until_us, token, arg, code, body))
+
+    def set_timer(self, member: Member) -> None:
+        """``member.timer_us`` was set."""
+        heapq.heappush(self._timers, (member.timer_us, member.uid))
+
+    def set_dirty(self, member: Member) -> None:
+        """The member has something to flush."""
+        self._dirty[member.uid] = member
+
+    def set_applying(self, member: Member) -> None:
+        """The member has something to apply."""
+        self._applying[member.uid] = member
+
+    def want_beat(self, peer: int) -> None:
+        """A beat to ``peer`` must leave in this loop."""
+        self._want_beat.setdefault(peer, False)
+
+    def link(self, peer: int) -> Link:
+        """The link to ``peer``, made on first use."""
+        link = self.links.get(peer)
+        if link is None:
+            link = self.links[peer] = Link(peer)
+        return link
+
+    def violation(self, member: Member, what: str) -> None:
+        """Something that must never be: refuse the message, keep the state, tell loudly."""
+        self.violations.append(f"{member.name} (uid {member.uid}): {what}")
+        self.event("violation", member.uid, what)
+
+    def refuses_votes(self) -> bool:
+        """Whether this shard came up so recently that it may have promised a lease before (DESIGN 5.9)."""
+        return self.now_us - self._started_us < self.settings.vote_silence_us
+
+    def gone_for(self, member: Member) -> set[int]:
+        """Instances that count as lost for good when ``member``'s group has lost its majority."""
+        if member.config.on_majority_loss != "wait":
+            return set(self.gone)
+        return {instance for instance, why in self.gone.items() if why == "operator"}
+
+    @contextlib.contextmanager
+    def user_code(self, member: Member | None) -> Iterator[None]:
+        """Around every call of a user's code: lets the owner watch how long it takes."""
+        watch = self.user_code_watch
+        if watch is None or self._user_depth:
+            yield
+            return
+        self._user_depth += 1
+        watch(member)
+        try:
+            yield
+        finally:
+            self._user_depth -= 1
+            watch(None)
+
+    def on_applied(self, member: Member, index: int, time_us: int, commands: list[bytes]) -> None:
+        """A batch was applied: whoever listens to that group is told."""
+        listener = self.applied_listener.get(member.uid)
+        if listener is not None:
+            listener(index, time_us, commands)
+
+    def on_restored(self, member: Member) -> None:
+        """A snapshot replaced the state."""
+        listener = self.restored_listener.get(member.uid)
+        if listener is not None:
+            listener()
+
+    # Storage: in memory there is nothing to wait for.
+
+    def save_vote(self, member: Member) -> None:
+        """Term and vote changed."""
+
+    def save_entries(self, member: Member, first: int) -> None:
+        """The log changed from ``first`` on."""
+
+    def save_snapshot(self, member: Member, data: bytes) -> None:
+        """A snapshot replaced the log up to ``member.applied``."""
+
+    def saved_index(self, member: Member) -> int:
+        """Up to where the member's own log is safe."""
+        return member.log.last_index
+
+    # ------------------------------------------------------------------ links
+
+    def _beat(self) -> None:
+        """Once per interval: beats to all whom this shard leads; silent links; groups with something open."""
+        now_us = self.now_us
+        for uid, member in list(self.active.items()):
+            if not member.on_tick() and self.active.get(uid) is member:
+                del self.active[uid]
+        for member in self.reading.values():
+            member.ask_for_confirmation()
+        for link in list(self.links.values()):
+            if link.led or link.peer in self._want_beat:
+                self._want_beat[link.peer] = True
+                self._check_led(link, now_us)
+            if link.followed:
+                self._check_followed(link, now_us)
+
+    def _send_beat(self, link: Link, *, periodic: bool) -> None:
+        link.seq += 1
+        link.beat_stamp = self.stamp
+        link.sent.append(SentBeat(link.seq, self.stamp, link.led_digest, periodic))
+        self.send(link.peer, Beat(BEAT, link.seq, link.led_digest, self.stamp))
+
+    def _check_led(self, link: Link, now_us: int) -> None:
+        """A link whose peer has not confirmed for long: do its groups still have a quorum?"""
+        if not link.led:
+            return
+        first = next(iter(link.led.values()))
+        timeout_us = first.election_timeout_us
+        if now_us - max(link.ok_stamp, link.checked_us) > timeout_us:
+            link.checked_us = now_us
+            for member in list(link.led.values()):
+                member.check_quorum()
+
+    def _check_followed(self, link: Link, now_us: int) -> None:
+        if now_us - link.heard_us >= link.election_timeout_us_min:
+            for member in list(link.followed.values()):
+                if not member.timer_us and now_us - link.heard_us >= member.election_timeout_us:
+                    member.leader_silent(link.heard_us)
+
+    def _on_beat(self, link: Link, m: Beat) -> None:
+        link.heard_us = self.now_us
+        self.send_saved(link.peer, BeatAnswer(BEAT_ANSWER, m.seq, link.followed_digest))
+
+    def _on_beat_answer(self, link: Link, m: BeatAnswer) -> None:
+        beat = link.answer_is_ok(m.seq, m.digest)
+        if beat is None:
+            return
+        if beat.periodic and self.active:
+            for member in list(self.active.values()):
+                member.on_beat_answered(link.peer, beat.stamp)
+        if link.mismatch_count >= MISMATCHES_BEFORE_LIST and (
+            self.now_us - link.list_sent_us >= self.settings.beat_interval_us
+        ):
+            self._send_list(link)
+
+    def _send_list(self, link: Link) -> None:
+        link.seq += 1
+        link.list_seq = link.seq
+        link.list_sent_us = self.now_us
+        groups = [(uid, member.term) for uid, member in link.led.items()]
+        parts = max(1, -(-len(groups) // LIST_PART_GROUPS))
+        for part in range(parts):
+            rows = groups[part * LIST_PART_GROUPS : (part + 1) * LIST_PART_GROUPS]
+            self.send(link.peer, LinkList(LINK_LIST, link.seq, self.stamp, part, parts, rows))
+
+    def _on_link_list(self, link: Link, m: LinkList) -> None:
+        if m.seq != link.parts_seq:
+            if m.seq < link.parts_seq:
+                return
+            link.parts_seq = m.seq
+            link.parts = {}
+        link.parts[m.part] = m.groups
+        if len(link.parts) < m.parts:
+            return
+        listed: dict[int, int] = {}
+        for rows in link.parts.values():
+            listed.update(rows)
+        link.parts = {}
+        exceptions = []
+        for uid, term in listed.items():
+            member = link.followed.get(uid)
+            if member is None or member.term != term:
+                known = self.members.get(uid)
+                exceptions.append((uid, known.term if known is not None else 0))
+        for uid, member in list(link.followed.items()):
+            if listed.get(uid) != member.term:
+                member.not_on_leaders_list()
+        self.send_saved(link.peer, LinkListAnswer(LINK_LIST_ANSWER, m.seq, m.stamp, exceptions))
+
+    def _on_link_list_answer(self, link: Link, m: LinkListAnswer) -> None:
+        if m.seq != link.list_seq:
+            return
+        link.list_seq = 0
+        for uid, term in m.exceptions:
+            member = link.led.get(uid)
+            if member is not None:
+                member.not_followed(link.peer, term)
+        # Every other group that was on the list is followed; those that joined later have a higher led_seq.
+        link.mismatch_count = 0
+        if m.seq > link.ok_seq:
+            link.ok_seq = m.seq
+            link.ok_stamp = m.stamp
+
+    def pulse(self, now_us: int, sender: int, messages: list[Any]) -> list[Any]:
+        """Take only beats and their answers while a user's code runs; returns the messages that must wait.
+
+        Members do not change meanwhile, so what a beat's answer says (whom they follow) is true.
+        """
+        rest = []
+        for message in messages:
+            kind = message[0]
+            if kind == BEAT:
+                link = self.link(sender)
+                link.heard_us = max(link.heard_us, now_us)
+                self.send_saved(sender, BeatAnswer(BEAT_ANSWER, message.seq, link.followed_digest))
+            elif kind == BEAT_ANSWER:
+                self.link(sender).answer_is_ok(message.seq, message.digest)
+            else:
+                rest.append(message)
+        return rest
+
+    def pulse_beats(self, now_us: int) -> dict[int, list[Any]]:
+        """Beats that are due while a user's code runs, with the answers collected by :meth:`pulse`."""
+        self.stamp = max(now_us, self.stamp + 1)
+        sends: dict[int, list[Any]] = {}
+        for link in self.links.values():
+            if link.led:
+                link.seq += 1
+                link.sent.append(SentBeat(link.seq, self.stamp, link.led_digest, False))
+                sends.setdefault(link.peer, []).append(Beat(BEAT, link.seq, link.led_digest, self.stamp))
+        return sends
+
+    # ------------------------------------------------------------------ proof
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError if the shard's parts contradict each other."""
+        assert not self.violations, self.violations
+        from raftfleet.core.links import group_hash
+
+        for member in self.members.values():
+            member.check_invariants()
+        for link in self.links.values():
+            digest = 0
+            for uid, member in link.led.items():
+                assert member.lead is not None and member.lead.progress[link.peer].led
+                digest ^= group_hash(uid, member.term)
+            assert digest == link.led_digest, "led digest"
+            digest = 0
+            for uid, member in link.followed.items():
+                assert member.leader == link.peer
+                digest ^= group_hash(uid, member.term)
+            assert digest == link.followed_digest, "followed digest"
+
+
+__all__ = ["Append", "Effects", "Shard", "ShardSettings", "Snapshot"]
