@@ -244,7 +244,6 @@ def test_the_supervisor_has_no_threads_no_zeromq_and_no_user_code(module: str) -
         name
         for name in imports(path, module, at_run_time=True)
         if name.split(".")[0] in {"threading", "asyncio", "zmq", "multiprocessing", "concurrent", "importlib"}
-        or is_within(name, "raftfleet.core")
         or is_within(name, "raftfleet.machine")
     ]
     assert not wrong
