@@ -176,11 +176,11 @@ class LocalFleet:
             deadline_s: for all of them together.
             options: as in :meth:`start_node`.
         """
-        nodes = [self._new_node(name, zone, workers, options) for name, zone in zones.items()]
+        nodes = [self.define_node(name, zone, workers=workers, **options) for name, zone in zones.items()]
         peers = self._peers_for(nodes)
         for node in nodes:
             node.peers = peers
-            self._spawn(node)
+            self.launch_node(node.name)
         for node in nodes:
             self._wait_started(node, deadline_s)
         return nodes
@@ -212,12 +212,44 @@ class LocalFleet:
         Raises:
             LocalFleetError: the node ended, or was not active in time. Its log is in the message.
         """
-        node = self._new_node(name, zone, workers, options)
+        node = self.define_node(name, zone, workers=workers, **options)
         node.peers = tuple(peers) if peers is not None else self._peers_for([node])
-        self._spawn(node)
+        self.launch_node(node.name)
         if wait:
             self._wait_started(node, deadline_s)
         return node
+
+    def define_node(self, name: str, zone: str | None, *, workers: int = 1, **options: Any) -> LocalNode:
+        """Give a node its ports and folders without starting it; arguments as for :meth:`start_node`."""
+        if name in self.nodes:
+            raise ValueError(f"there is a node {name} already: restart_node() starts one that ended once more")
+        node = LocalNode(
+            name=name,
+            zone=zone,
+            workers=workers,
+            port=self._ports.take_block(workers + 1),
+            run_dir=self.folder / name,
+            log_path=self.folder / f"{name}.log",
+            peers=(),
+            options={**self._options, **options},
+        )
+        self.nodes[name] = node
+        return node
+
+    def launch_node(self, name: str) -> None:
+        """Start the process of a defined node, as :meth:`start_node` does, and wait for nothing."""
+        node = self.nodes[name]
+        with node.log_path.open("ab") as log:
+            node.process = subprocess.Popen(
+                self.command_line(node.name),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=self._environ,
+                # Ctrl-C belongs to the test, which then stops its nodes itself.
+                start_new_session=True,
+            )
 
     def stop_node(self, name: str, *, deadline_s: float = STOP_DEADLINE_S) -> int:
         """SIGTERM: a clean stop. Return the exit code of the supervisor (0) when all its processes are gone."""
@@ -251,7 +283,7 @@ class LocalFleet:
         if node.is_running:
             raise ValueError(f"node {name} runs: stop or kill it before it is restarted")
         node.peers = tuple(dict.fromkeys((*node.peers, *self._peers_for([node]))))
-        self._spawn(node)
+        self.launch_node(node.name)
         if wait:
             self._wait_started(node, deadline_s)
         return node
@@ -289,7 +321,7 @@ class LocalFleet:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            self._report_logs()
+            self.report_logs()
         self.close()
 
     # ---------------------------------------------------------------- faults
@@ -405,22 +437,6 @@ class LocalFleet:
 
     # ---------------------------------------------------------------- inside
 
-    def _new_node(self, name: str, zone: str | None, workers: int, options: Mapping[str, Any]) -> LocalNode:
-        if name in self.nodes:
-            raise ValueError(f"there is a node {name} already: restart_node() starts one that ended once more")
-        node = LocalNode(
-            name=name,
-            zone=zone,
-            workers=workers,
-            port=self._ports.take_block(workers + 1),
-            run_dir=self.folder / name,
-            log_path=self.folder / f"{name}.log",
-            peers=(),
-            options={**self._options, **options},
-        )
-        self.nodes[name] = node
-        return node
-
     def _peers_for(self, nodes: list[LocalNode]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(node.endpoint for node in (*self.running(), *nodes)))
 
@@ -436,19 +452,6 @@ class LocalFleet:
         for option, value in node.options.items():
             line += _option_words(option, value)
         return line
-
-    def _spawn(self, node: LocalNode) -> None:
-        with node.log_path.open("ab") as log:
-            node.process = subprocess.Popen(
-                self.command_line(node.name),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=self._environ,
-                # Ctrl-C belongs to the test, which then stops its nodes itself.
-                start_new_session=True,
-            )
 
     def _wait_started(self, node: LocalNode, deadline_s: float) -> None:
         wanted = "inactive" if node.zone is None else "active"
@@ -486,7 +489,8 @@ class LocalFleet:
         if client is not None:
             client.close()
 
-    def _report_logs(self) -> None:
+    def report_logs(self) -> None:
+        """Show the end of every node's log on stderr, and copy the logs to ``$RAFTFLEET_TEST_LOGS`` if that is set."""
         if self._show_logs:
             for node in self.nodes.values():
                 print(_tail(node), file=sys.stderr)
