@@ -1,7 +1,11 @@
-"""For tests of raftfleet and of applications on it: simulated clock, network and fleet; local fleets of real nodes.
+"""Tools for testing what runs on raftfleet, and raftfleet itself.
 
-Names are imported when they are first used, because nodes import the example machines from this package and must not
-pay for a simulator that they never run.
+* ``LocalFleet``: real nodes on this machine, to be used, killed and paused by a test.
+* ``raftfleet.testing.simulation``: a simulated cluster, checkers, a history search. Nothing there opens a socket or
+  reads a clock. ``Simulation(seed).run()`` plays a cluster with faults; a failure says how to repeat it.
+
+Names are imported when they are first used: nodes import their example machines from this package and must not pay for
+a harness that they never run.
 """
 
 from __future__ import annotations
