@@ -1,0 +1,165 @@
+"""A shard without a process: the production core turned by simulated time and frames.
+
+This module does not know about faults; the simulation tells it when to pause and when to die. Each turn is the
+production loop in small: ``begin``, ``receive`` what has come, ``tick`` if a timer is due, ``finish``, send, answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from raftfleet.core.shard import Shard, ShardSettings
+from raftfleet.testing.clock import DriftingClock, EventQueue
+
+WALL_EPOCH_US = 1_700_000_000_000_000
+"""Unix microseconds at true time 0 of every simulation."""
+
+
+class ShardOwner(Protocol):
+    """What a simulated shard needs of the simulation around it."""
+
+    def shard_sent(self, shard: SimShard, to_instance: int, messages: list[Any]) -> None:
+        """Frames to carry."""
+
+    def shard_replied(self, shard: SimShard, token: Any, code: int, body: Any) -> None:
+        """An answer to whoever proposed or asked."""
+
+    def shard_event(self, shard: SimShard, event: tuple[Any, ...]) -> None:
+        """An event of the core, such as ``("leader", uid, term)``."""
+
+    def shard_stepped(self, shard: SimShard) -> None:
+        """After each turn: the time to check."""
+
+
+class SimShard:
+    """One instance at one place. It dies with its memory; what comes after it at the place is another instance.
+
+    Attributes:
+        core: the production shard.
+        clock: its drifting monotonic clock.
+        wall_offset_us: how far its wall clock is off.
+        is_paused: stopped as by SIGSTOP: what comes waits.
+        is_dead: crashed.
+    """
+
+    def __init__(
+        self,
+        owner: ShardOwner,
+        queue: EventQueue,
+        place: int,
+        instance: int,
+        rng: random.Random,
+        settings: ShardSettings,
+        clock: DriftingClock,
+        wall_offset_us: int = 0,
+    ) -> None:
+        self.core = Shard(instance, rng, settings)
+        self.place = place
+        self.instance = instance
+        self.clock = clock
+        self.wall_offset_us = wall_offset_us
+        self.is_paused = False
+        self.is_dead = False
+        self._owner = owner
+        self._queue = queue
+        self._frames: list[tuple[int, Any]] = []
+        self._work: list[Callable[[Shard], None]] = []
+        self._wake_us = -1
+        self._held_effects: Any = None
+
+    def receive(self, from_instance: int, frame: Any) -> None:
+        """A frame has come."""
+        if self.is_dead:
+            return
+        self._frames.append((from_instance, frame))
+        if not self.is_paused:
+            self.turn()
+
+    def work(self, function: Callable[[Shard], None]) -> None:
+        """Run ``function(core)`` within a turn: a client's request, an operator's act."""
+        if self.is_dead:
+            return
+        self._work.append(function)
+        if not self.is_paused:
+            self.turn()
+
+    def turn(self) -> None:
+        """One turn of the loop."""
+        core = self.core
+        true_us = self._queue.now_us
+        local_us = self.clock.local_us(true_us)
+        core.begin(local_us, WALL_EPOCH_US + true_us + self.wall_offset_us)
+        frames, self._frames = self._frames, []
+        for from_instance, frame in frames:
+            core.receive(from_instance, frame)
+        if self._work:
+            work, self._work = self._work, []
+            for function in work:
+                function(core)
+        if core.next_deadline_us() <= local_us:
+            core.tick()
+        effects = core.finish()
+        if self.is_paused:
+            self._held_effects = effects
+        else:
+            self._emit(effects)
+        self._owner.shard_stepped(self)
+        self._schedule()
+
+    def pause(self, within_turn: bool) -> None:
+        """Stop, between two turns or, ``within_turn``, after a turn's decisions and before its frames are sent."""
+        assert not self.is_dead
+        if self.is_paused:
+            return
+        self.is_paused = True
+        if within_turn:
+            self.turn()
+
+    def resume(self) -> None:
+        """Go on: first what was held back, then everything that has come meanwhile, in one turn."""
+        if self.is_dead or not self.is_paused:
+            return
+        self.is_paused = False
+        effects, self._held_effects = self._held_effects, None
+        if effects is not None:
+            self._emit(effects)
+        self._wake_us = -1
+        self.turn()
+
+    def kill(self) -> None:
+        """Gone, with all it knew."""
+        self.is_dead = True
+        self._frames.clear()
+        self._work.clear()
+        self._held_effects = None
+
+    def _emit(self, effects: Any) -> None:
+        owner = self._owner
+        for to_instance, messages in effects.sends.items():
+            owner.shard_sent(self, to_instance, messages)
+        for token, code, body in effects.replies:
+            owner.shard_replied(self, token, code, body)
+        for event in effects.events:
+            owner.shard_event(self, event)
+
+    def _schedule(self) -> None:
+        """Be woken at the next deadline; an earlier wake that is already under way will look again."""
+        due_us = self.clock.true_us(self.core.next_deadline_us())
+        now_us = self._queue.now_us
+        if due_us <= now_us:
+            due_us = now_us + 1
+        if now_us < self._wake_us <= due_us:
+            return
+        self._wake_us = due_us
+        self._queue.at(due_us, self._wake, due_us)
+
+    def _wake(self, due_us: int) -> None:
+        if self.is_dead or self.is_paused or due_us != self._wake_us:
+            return
+        self._wake_us = -1
+        if self.clock.local_us(due_us) >= self.core.next_deadline_us():
+            self.turn()
+        else:
+            self._schedule()
