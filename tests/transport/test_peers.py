@@ -20,7 +20,7 @@ from raftfleet.transport.curve import generate_keys
 from raftfleet.transport.errors import ListenError
 from raftfleet.transport.peers import PeerSockets, is_endpoint
 from raftfleet.transport.poller import Poller
-from raftfleet.wire.codec import FrameLimits, encode_frame
+from raftfleet.wire.codec import Frame, FrameLimits, encode_frame
 
 FLEET = bytes(range(16))
 OTHER_FLEET = bytes(reversed(range(16)))
@@ -231,7 +231,7 @@ def test_garbage_frames_are_counted_and_the_next_good_one_arrives(
 def test_other_fleet_other_protocol_and_other_instance_are_refused_and_counted(
     peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
 ) -> None:
-    told = []
+    told: list[Frame] = []
     b = peers(2, on_other_fleet=told.append)
     stranger = raw(b.endpoint)
     stranger.send(encode_frame(OTHER_FLEET, 1, 2, [beat(1)]))
