@@ -205,10 +205,11 @@ def _make(folder: Path, gid: int | None) -> bool:
     """Create ``folder``; True if it was not there. An existing one is checked, never changed: it may be the user's."""
     try:
         folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        _check(folder)
-        return False
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            _check(folder)
+            return False
     except OSError as error:
         raise ConfigError(
             f"run_dir: cannot create {folder}: {os.strerror(error.errno or 0)}; choose another with --run-dir"
