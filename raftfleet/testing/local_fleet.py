@@ -157,7 +157,7 @@ class LocalFleet:
         self._show_logs = show_logs
         self._clients: list[Fleet] = []
         self._control: dict[str, Fleet] = {}
-        self._ports = _Ports()
+        self._ports = PortBlocks()
         # /tmp and not $TMPDIR: a runner's temporary folder is often too deep for the path of a socket.
         self.folder = Path(tempfile.mkdtemp(prefix="rf-", dir="/tmp"))
 
@@ -510,7 +510,7 @@ def is_settled(group: Mapping[str, Any]) -> bool:
     return bool(desired) and sorted(group["members"]) == sorted(desired) and group["leader"] == desired[0]
 
 
-class _Ports:
+class PortBlocks:
     """Blocks of consecutive free ports, each kept by a lock file so that parallel test runs do not share one.
 
     A free port that was found by binding and closing is anybody's until the node binds it. The lock file closes this
@@ -592,12 +592,13 @@ def _signal_all(processes: Iterable[psutil.Process], number: int) -> None:
 
 
 def _remove_table(run_dir: Path) -> None:
-    """Remove the leader table's segment that a killed node could not remove itself."""
-    link = run_dir / "leader_table"
+    """Remove the leader table's segments (one, or two while it grows) that a killed node could not remove itself."""
     with contextlib.suppress(OSError):
-        target = Path(os.readlink(link))
-        if target.parent == Path("/dev/shm") and target.name.startswith("raftfleet-"):
-            target.unlink(missing_ok=True)
+        current = Path(os.readlink(run_dir / "leader_table"))
+        stem, separator, _generation = current.name.rpartition("-g")
+        if separator and stem.startswith("raftfleet-") and current.parent == Path("/dev/shm"):
+            for segment in current.parent.glob(f"{stem}-g*"):
+                segment.unlink(missing_ok=True)
 
 
 def _option_words(option: str, value: Any) -> list[str]:
