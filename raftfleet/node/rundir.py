@@ -3,7 +3,8 @@
 ::
 
     RUN_DIR/                  0700, or 0750 with a socket group
-        node.lock             held (flock) by the supervisor and its children; pid and name of the node inside
+        node.lock             held (flock) by the supervisor and its children; lines inside: pid, name, and
+                              whether the node had ``made`` or ``found`` this directory
         control.sock          the manager's Unix socket, 0600, or 0660 with a socket group
         shard-0.sock ...      the shards' Unix sockets, likewise
         leader_table          link to the present segment in /dev/shm
@@ -164,8 +165,10 @@ class RunDir:
         created = _make(folder, group_id(socket_group))
         lock_fd = _lock(folder, wait_s)
         try:
+            # A crashed node that had made the directory would have removed it: that duty is taken over too.
+            created = created or os.pread(lock_fd, 4096, 0).endswith(b"\nmade\n")
             os.ftruncate(lock_fd, 0)
-            os.pwrite(lock_fd, f"{os.getpid()}\n{name}\n".encode(), 0)
+            os.pwrite(lock_fd, f"{os.getpid()}\n{name}\n{'made' if created else 'found'}\n".encode(), 0)
         except BaseException:
             os.close(lock_fd)
             raise

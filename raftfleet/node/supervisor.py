@@ -161,6 +161,7 @@ class _Supervisor:
         self._stop_signals = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._exit_code: ExitCode | None = None
         self._kill_due_us: int | None = None
+        self._stop_demand_count = 0
         self._children = [_Child("manager", 0, 0, "manager", RestartPolicy("the manager", limits))]
         for index in range(config.workers):
             policy = RestartPolicy(f"shard {index}", limits)
@@ -201,12 +202,20 @@ class _Supervisor:
         elif info.si_signo == signal.SIGUSR1:
             self._grow_table()
         elif info.si_signo in self._stop_signals:
-            name = signal.Signals(info.si_signo).name
-            if self._exit_code is None:
-                self._stop(ExitCode.OK, f"{name} from process {info.si_pid}")
-            elif info.si_signo != signal.SIGHUP:  # kernel and shell may both send that one
-                _logger.warning("%s again: killing all children", name)
-                self._kill_all()
+            self._serve_stop_signal(info.si_signo, info.si_pid)
+
+    def _serve_stop_signal(self, number: int, sender_pid: int) -> None:
+        name = signal.Signals(number).name
+        if self._exit_code is None:
+            self._stop(ExitCode.OK, f"{name} from process {sender_pid}")
+        # Impatient is who asks twice: not the terminal, whose SIGHUP the kernel and the shell may both send, and not
+        # a child that passed on what `raftfleet-node stop` wanted, with a service manager's SIGTERM after it.
+        if number == signal.SIGHUP or any(child.pid == sender_pid for child in self._children):
+            return
+        self._stop_demand_count += 1
+        if self._stop_demand_count == 2:
+            _logger.warning("%s again: killing all children", name)
+            self._kill_all()
 
     def _serve_deadlines(self) -> None:
         now_us = monotonic_us()

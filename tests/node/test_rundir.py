@@ -32,7 +32,7 @@ def test_it_is_made_private_and_leaves_nothing(parent: Path) -> None:
     run_dir = RunDir.acquire(parent / "a" / "run", name="n1")
     assert mode(run_dir.path) == 0o700
     assert mode(run_dir.path / rundir.LOCK_NAME) == 0o600
-    assert (run_dir.path / rundir.LOCK_NAME).read_text() == f"{os.getpid()}\nn1\n"
+    assert (run_dir.path / rundir.LOCK_NAME).read_text() == f"{os.getpid()}\nn1\nmade\n"
     assert lock_holder(run_dir.path) == os.getpid()
     listen_unix(rundir.control_socket(run_dir.path)).close()
     run_dir.release()
@@ -55,7 +55,7 @@ def test_two_nodes_cannot_share_it(parent: Path) -> None:
 
 def test_sockets_of_a_crashed_node_are_removed(parent: Path) -> None:
     listen_unix(rundir.shard_socket(parent, 3)).close()
-    (parent / rundir.LOCK_NAME).write_text("999999999\nold\n")
+    (parent / rundir.LOCK_NAME).write_text("999999999\nold\nfound\n")
     RunDir.acquire(parent, name="n1").release()
     assert list(parent.iterdir()) == []
 
