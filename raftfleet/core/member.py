@@ -63,6 +63,7 @@ from raftfleet.core.messages import (
     Vote,
     VoteAnswer,
 )
+from raftfleet.core.names import FLEET_UID
 from raftfleet.core.progress import (
     APPEND_BYTES_MAX,
     APPENDS_IN_FLIGHT_MAX,
@@ -99,6 +100,8 @@ BATCH_BYTES_MAX = 4 << 20
 LOG_BYTES_KEPT_MAX = 32 << 20
 CAMPAIGN_US_PER_GROUP = 300
 """When a link with n groups falls silent their elections are spread over at least n times this."""
+CAUGHT_UP_ENTRIES = 16
+"""A learner so close behind the commit index (entries are batches) is caught up: under load none is ever level."""
 UNAPPLIED_ENTRIES_MAX = 4096
 """A leader appends no more while so many of its entries are not applied: the queue in front of it fills instead."""
 
@@ -206,7 +209,7 @@ class Member:
         self.machine = machine
         self.hook: Any = None
         self.life = life
-        self.eager_commit = False
+        self.eager_commit = uid == FLEET_UID
         self.election_timeout_us = int(config.election_timeout_s * 1_000_000)
         self.role = FOLLOWER
         self.term = 0
@@ -566,9 +569,7 @@ class Member:
             prev_term = log.term_at(prev)
             shard.send(
                 peer,
-                Append(
-                    APPEND, self.uid, self.term, prev, prev_term, self.commit, shard.stamp, progress.life, entries
-                ),
+                Append(APPEND, self.uid, self.term, prev, prev_term, self.commit, shard.stamp, progress.life, entries),
             )
             progress.sent_stamp = shard.stamp
             told = min(self.commit, prev + len(entries))
@@ -641,9 +642,7 @@ class Member:
     ) -> None:
         self.shard.send_saved(
             sender,
-            AppendAnswer(
-                APPEND_ANSWER, self.uid, self.term, accepted, index, hint_index, hint_term, m.stamp, m.life
-            ),
+            AppendAnswer(APPEND_ANSWER, self.uid, self.term, accepted, index, hint_index, hint_term, m.stamp, m.life),
         )
 
     def _take_entries(self, prev: int, entries: list[Entry]) -> None:
@@ -983,9 +982,7 @@ class Member:
         if now != new:
             live = self.live_members() & new
             if len(live) < membership.quorum:
-                raise ConfigChangeRefused(
-                    f"only {len(live)} of the {len(new)} voters that this change leaves are live"
-                )
+                raise ConfigChangeRefused(f"only {len(live)} of the {len(new)} voters that this change leaves are live")
         lead.config_index = self._append(CONFIG, membership.pack())
         self._sync_progress()
         self.shard.set_dirty(self)
@@ -1002,7 +999,7 @@ class Member:
         if instance not in self.membership.learners:
             raise ConfigChangeRefused(f"{instance} is not a learner")
         progress = lead.progress.get(instance)
-        if progress is None or progress.match < self.commit:
+        if progress is None or progress.state != REPLICATE or progress.match + CAUGHT_UP_ENTRIES < self.commit:
             raise ConfigChangeRefused(f"learner {instance} has not caught up")
         self.change_membership(self.membership.with_promoted(instance))
 
@@ -1444,9 +1441,7 @@ class Member:
         best = max(survivors, key=lambda peer: (recovery[peer][:2], -peer))
         epoch = (max(row[2] for row in recovery.values()) >> EPOCH_SHIFT) + 1
         self.recovery = None
-        message = ForceConfig(
-            FORCE_CONFIG, self.uid, epoch << EPOCH_SHIFT, sorted(survivors), sorted(dead)
-        )
+        message = ForceConfig(FORCE_CONFIG, self.uid, epoch << EPOCH_SHIFT, sorted(survivors), sorted(dead))
         if best == self.id:
             self.on_force_config(self.id, message)
         else:

@@ -77,7 +77,7 @@ class AppendAnswer(NamedTuple):
     uid: int
     term: int
     accepted: bool
-    index: int
+    index: int  # type: ignore[assignment]
     hint_index: int
     hint_term: int
     stamp: int
@@ -118,7 +118,7 @@ class Snapshot(NamedTuple):
     kind: int
     uid: int
     term: int
-    index: int
+    index: int  # type: ignore[assignment]
     index_term: int
     offset: int
     total: int
@@ -133,7 +133,7 @@ class SnapshotAnswer(NamedTuple):
     kind: int
     uid: int
     term: int
-    index: int
+    index: int  # type: ignore[assignment]
     index_term: int
     next_offset: int
     done: bool
@@ -163,7 +163,7 @@ class Gone(NamedTuple):
     kind: int
     uid: int
     term: int
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class RecoverQuery(NamedTuple):

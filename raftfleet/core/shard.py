@@ -106,7 +106,7 @@ class Shard:
         self.tombstones: dict[int, tuple[int, int, int]] = {}
         self.gone: dict[int, str] = {}  # instance -> why: "operator" or anything else that proves it
         self.violations: list[str] = []
-        self.may_create: Callable[[int], tuple[str, GroupConfig, Any] | None] = lambda uid: None
+        self.may_create: Callable[[int], tuple[str, GroupConfig, Any, Any] | None] = lambda uid: None
         self.is_dead: Callable[[int], bool] = lambda uid: False
         self.node_of: Callable[[int], str] = str
         self.applied_listener: dict[int, Callable[[int, int, list[bytes]], None]] = {}
@@ -347,7 +347,8 @@ class Shard:
             member.step_down()
             if code == GROUP_GONE:
                 self._replies[first:] = [
-                    (token, GROUP_GONE if was == NOT_LEADER else was, body) for token, was, body in self._replies[first:]
+                    (token, GROUP_GONE if was == NOT_LEADER else was, body)
+                    for token, was, body in self._replies[first:]
                 ]
         if member.leader:
             self.link(member.leader).unfollow(member)
@@ -380,8 +381,8 @@ class Shard:
         recipe = self.may_create(uid)
         if recipe is None:
             return None
-        name, config, machine = recipe
-        return self.create_group(uid, name, config, machine, None, life=life)
+        name, config, machine, hook = recipe
+        return self.create_group(uid, name, config, machine, None, hook=hook, life=life)
 
     # ------------------------------------------------------------------ requests
 

@@ -368,13 +368,13 @@ class Simulation:
 
         shard.work(create)
 
-    def _recipe(self, shard: SimShard, uid: int) -> tuple[str, GroupConfig, RegistersMachine] | None:
+    def _recipe(self, shard: SimShard, uid: int) -> tuple[str, GroupConfig, RegistersMachine, None] | None:
         """What a shard needs to start a member when a leader first speaks to it."""
         group = self.groups.get(uid)
         if group is None:
             return None
         machine = self._machines[(shard.instance, uid)] = RegistersMachine(self.history.record(uid))
-        return group.name, group.config, machine
+        return group.name, group.config, machine, None
 
     def leader_of(self, uid: int) -> SimShard | None:
         """The shard that leads in the highest term, as an observer who sees everything would say."""

@@ -1,0 +1,73 @@
+"""One request on its way through a node: who asked, what, until when, and whether it may have taken effect.
+
+This module is pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from raftfleet.core.host_messages import OP_COMMAND, OP_QUERY
+
+FROM_CLIENT = 0
+FROM_PEER = 1
+FROM_HOST = 2
+
+NO_LEADER = 10
+UNANSWERED = 20
+OUTCOME_UNKNOWN = 30
+
+
+class Request:
+    """A command or query. ``source``: connection, instance or None; ``answer``: only for the host's own requests."""
+
+    __slots__ = (
+        "answer",
+        "attempts",
+        "body",
+        "consistency",
+        "deadline_us",
+        "done",
+        "maybe",
+        "name",
+        "op",
+        "origin",
+        "request_id",
+        "source",
+        "uid",
+    )
+
+    def __init__(
+        self,
+        origin: int,
+        source: int,
+        request_id: int,
+        op: int,
+        name: str,
+        uid: int,
+        deadline_us: int,
+        consistency: int,
+        body: bytes,
+        answer: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        self.origin = origin
+        self.source = source
+        self.request_id = request_id
+        self.op = op
+        self.name = name
+        self.uid = uid
+        self.deadline_us = deadline_us
+        self.consistency = consistency
+        self.body = body
+        self.answer = answer
+        self.maybe = False  # it may have reached a leader's log
+        self.attempts = 0
+        self.done = False
+
+    def overdue_code(self) -> int:
+        """What a request that got no answer by its deadline is told: never more than is known."""
+        if self.op == OP_QUERY:
+            return UNANSWERED if self.maybe else NO_LEADER
+        assert self.op == OP_COMMAND
+        return OUTCOME_UNKNOWN if self.maybe else NO_LEADER

@@ -1,0 +1,338 @@
+"""The body of a worker process: one loop around :class:`raftfleet.fleet.host.Host`.
+
+An iteration: **drain** all that can be read, **step** the host, **send** one frame per peer, **apply**, **reply** with
+one frame per client (DESIGN 4). Nothing waits for company: a batch is what came while the last iteration ran.
+
+While a user's code runs for long, SIGALRM keeps the links alive: its handler runs between two bytecodes of that code,
+in this same thread, and exchanges beats and nothing else (:meth:`raftfleet.core.shard.Shard.pulse`). So a command that
+takes seconds delays its own worker's groups but costs nobody a leader. Code that stays inside one C call for longer
+than the election timeout still does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import secrets
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+from raftfleet.core.member import Member
+from raftfleet.fleet.host import Host, HostSettings, Outputs
+from raftfleet.node import rundir
+from raftfleet.node.config import NodeConfig
+from raftfleet.node.context import ChildContext, monotonic_us
+from raftfleet.node.exit_codes import ExitCode
+from raftfleet.node.leader_table import RegionWriter
+from raftfleet.node.machines import MachineLoader
+from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
+from raftfleet.transport.peers import PeerSockets
+from raftfleet.transport.poller import Poller
+from raftfleet.transport.unix import UnixServer
+from raftfleet.transport.unix_client import UnixChannel
+from raftfleet.wire.ipc import PROTOCOL
+
+logger = logging.getLogger(__name__)
+
+SLOW_COMMAND_US = 500_000
+"""User code that runs longer is named in the log."""
+BACKLOG_FRAMES_MAX = 4096
+WAIT_US_MAX = 1_000_000
+DRAIN_US = 1_500_000
+"""At SIGTERM: time to hand leaderships over."""
+
+
+def wall_us() -> int:
+    """Unix microseconds."""
+    return time.time_ns() // 1000
+
+
+def node_keys(config: NodeConfig) -> tuple[NodeKeys | None, frozenset[str]]:
+    """The node's CURVE keys and the fleet's public keys, if it has any."""
+    if config.curve_secret_file is None or config.curve_public_keys_file is None:
+        return None, frozenset()
+    return load_secret_key(config.curve_secret_file), load_public_keys(config.curve_public_keys_file)
+
+
+class Worker:
+    """One shard's process."""
+
+    def __init__(self, context: ChildContext) -> None:
+        config = context.config
+        self.context = context
+        self.index = context.index
+        self.instance = secrets.randbits(62) + 1
+        keys, allowed = node_keys(config)
+        host_name, port = config.shard_address(context.index)
+        self.poller = Poller()
+        self.stopping_us = 0
+        self.poller.watch_signals(self._on_signal, signal.SIGTERM)
+        self.peers = PeerSockets(self.instance, host_name, port, keys=keys, allowed_keys=allowed)
+        self.host = Host(
+            self.instance,
+            HostSettings(
+                config.name,
+                context.index,
+                config.workers,
+                self.peers.endpoint,
+                keys.public_key if keys is not None else "",
+                int(config.beat_interval_s * 1_000_000),
+            ),
+            random.Random(secrets.randbits(64)),
+            MachineLoader(config.app_dirs),
+        )
+        self.host.shard.user_code_watch = self._watch_user_code
+        self.table = RegionWriter(config.run_dir, context.index)
+        self.clients = UnixServer(
+            rundir.shard_socket(config.run_dir, context.index),
+            self.poller,
+            self._welcome,
+            mode=0o660 if config.socket_group else 0o600,
+            group=config.socket_group,
+            on_disconnect=self.host.on_disconnect,
+        )
+        for fd in self.peers.fds():
+            self.poller.register(fd, _nothing)
+        self.feed: UnixChannel | None = None
+        self.pushes: list[list[Any]] = []
+        if context.index != 0:
+            self.feed = UnixChannel(
+                rundir.shard_socket(config.run_dir, 0),
+                self.host.client_id,
+                self.poller,
+                on_push=self.pushes.append,
+                on_up=self._feed_up,
+            )
+        self.fleet_set = False
+        self.backlog: list[tuple[int, list[Any]]] = []
+        self.running: Member | None = None
+        self.in_user_code = False
+        self.user_code_since_us = 0
+        self.sweep_us = 0
+        self.exit_fresh = False
+        self.dropped_in_pulse = 0
+
+    def _welcome(self) -> dict[str, Any]:
+        return {
+            "node": self.context.config.name,
+            "role": "shard",
+            "index": self.index,
+            "instance": self.instance,
+            "workers": self.context.config.workers,
+            "protocol": PROTOCOL,
+        }
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Until SIGTERM, or until this worker has left its fleet."""
+        interval_s = self.context.config.beat_interval_s
+        signal.signal(signal.SIGALRM, self._pulse)
+        signal.setitimer(signal.ITIMER_REAL, interval_s, interval_s)
+        gc.collect()
+        gc.freeze()
+        try:
+            while not self._is_done():
+                self._iterate()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.host.begin(monotonic_us(), wall_us())
+        self.host.step_down_all()
+        self._carry_out()
+        self._wait_for_queues()
+
+    def _is_done(self) -> bool:
+        if self.exit_fresh:
+            return True
+        if not self.stopping_us:
+            return False
+        leads = any(member.lead is not None for member in self.host.shard.members.values())
+        return not leads or monotonic_us() - self.stopping_us > DRAIN_US
+
+    def _iterate(self) -> None:
+        host = self.host
+        peers = self.peers
+        busy = host.has_work or self.backlog or peers.pending()
+        self.poller.wait(0 if busy else self._timeout_us())
+        now_us = monotonic_us()
+        host.begin(now_us, wall_us())
+        if self.backlog:
+            backlog, self.backlog = self.backlog, []
+            for sender, messages in backlog:
+                host.receive(sender, messages)
+        for sender, messages in peers.receive():
+            host.receive(sender, messages)
+        if self.pushes:
+            pushes, self.pushes = self.pushes, []
+            for push in pushes:
+                self._on_push(push)
+        for connection, requests in self.clients.receive():
+            for request in requests:
+                host.on_client_request(connection, request)
+        if now_us >= host.next_deadline_us():
+            host.tick()
+        if self.feed is not None:
+            self.feed.tick(now_us)
+        if now_us >= self.sweep_us:
+            self.sweep_us = now_us + WAIT_US_MAX
+            self.clients.sweep(now_us)
+            self.table.follow()
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        host = self.host
+        host.flush()
+        for peer, messages in host.collect_sends().items():
+            self.peers.send(peer, messages)
+        host.apply()
+        out = host.settle(monotonic_us())
+        if out.replies:
+            for connection, replies in out.replies.items():
+                self.clients.send(connection, replies)
+            self.clients.flush()
+        if host.fleet_id and not self.fleet_set:
+            self.fleet_set = True
+            self.peers.set_fleet(host.fleet_id)
+        if out.table or out.addresses or out.upcalls or out.notes or out.exit_fresh:
+            self._carry_out_the_rest(out)
+
+    def _carry_out_the_rest(self, out: Outputs) -> None:
+        for instance, (endpoint, public_key) in out.addresses.items():
+            self.peers.set_address(instance, endpoint, public_key)
+        for operation in out.table:
+            if operation[0] == "leader":
+                self.table.set_leader(*operation[1:])
+            elif operation[0] == "leaderless":
+                self.table.set_leaderless(*operation[1:])
+            else:
+                self.table.remove(*operation[1:])
+        if out.table and self.table.needs_growth:
+            self.context.grow_leader_table()
+        for token, method, args in out.upcalls:
+            self._upcall(token, method, args)
+        for level, text in out.notes:
+            logger.log(getattr(logging, level.upper()), "%s", text)
+        if out.exit_fresh:
+            self.exit_fresh = True
+
+    def _timeout_us(self) -> int:
+        now_us = monotonic_us()
+        deadline_us = min(self.host.next_deadline_us(), self.sweep_us)
+        if self.feed is not None:
+            feed_us = self.feed.next_deadline_us()
+            if feed_us is not None and feed_us < deadline_us:
+                deadline_us = feed_us
+        if self.stopping_us:
+            deadline_us = min(deadline_us, now_us + 10_000)
+        return max(0, min(deadline_us - now_us, WAIT_US_MAX))
+
+    def _wait_for_queues(self) -> None:
+        """The last frames (who leads no more) are with ZeroMQ: give its thread a moment to write them."""
+        deadline_us = monotonic_us() + 50_000
+        while monotonic_us() < deadline_us:
+            self.poller.wait(deadline_us - monotonic_us())
+
+    def close(self) -> None:
+        """Close everything that is open."""
+        if self.feed is not None:
+            self.feed.close()
+        self.clients.close()
+        for fd in self.peers.fds():
+            self.poller.unregister(fd)
+        self.peers.close()
+        self.table.close()
+        self.poller.close()
+
+    # ------------------------------------------------------------------ what wakes the loop
+
+    def _on_signal(self, number: int) -> None:
+        if not self.stopping_us:
+            self.stopping_us = monotonic_us()
+            self.host.begin(self.stopping_us, wall_us())
+            self.host.drain()
+
+    def _feed_up(self, welcome: dict[str, Any]) -> None:
+        """Worker 0 is there (again): ask for the fleet's state and all that follows."""
+        assert self.feed is not None
+
+        def watched(code: int, body: Any) -> None:
+            if code == 0 and body["state"] is not None:
+                self.pushes.append(["fleet_reset", body["index"], body["state"]])
+
+        self.feed.call("watch_fleet", {}, 5000, monotonic_us(), watched)
+
+    def _on_push(self, push: list[Any]) -> None:
+        if push[0] == "fleet":
+            self.host.on_feed(push[1], push[2], push[3])
+        elif push[0] == "fleet_reset":
+            self.host.on_feed_reset(push[1], push[2])
+
+    def _upcall(self, token: int, method: str, args: dict[str, Any]) -> None:
+        assert self.feed is not None
+        self.feed.call(
+            method,
+            args,
+            int(args.get("timeout_ms", 2000)),
+            monotonic_us(),
+            lambda code, body: self.host.on_upcall_answer(token, code, body),
+        )
+
+    # ------------------------------------------------------------------ users' code
+
+    def _watch_user_code(self, member: Member | None) -> None:
+        now_us = monotonic_us()
+        if not self.in_user_code:
+            self.running = member
+            self.user_code_since_us = now_us
+            self.in_user_code = True
+            return
+        self.in_user_code = False
+        took_us = now_us - self.user_code_since_us
+        if took_us > SLOW_COMMAND_US:
+            name = self.running.name if self.running is not None else "(new)"
+            logger.warning(
+                "group %s: its state machine took %.1f s; all groups of worker %d waited (limit for this warning: %.1f s)",
+                name,
+                took_us / 1e6,
+                self.index,
+                SLOW_COMMAND_US / 1e6,
+            )
+            self.host.count("slow_commands")
+        self.running = None
+
+    def _pulse(self, number: int, frame: FrameType | None) -> None:
+        """SIGALRM: if a user's code is running, keep the links alive meanwhile."""
+        if not self.in_user_code:
+            return
+        now_us = monotonic_us()
+        shard = self.host.shard
+        for sender, messages in self.peers.receive(256):
+            rest = shard.pulse(now_us, sender, messages)
+            if rest:
+                if len(self.backlog) < BACKLOG_FRAMES_MAX:
+                    self.backlog.append((sender, rest))
+                else:
+                    self.dropped_in_pulse += 1
+        sends = shard.pulse_beats(now_us)
+        for peer, messages in shard.take_saved_sends().items():
+            sends.setdefault(peer, []).extend(messages)
+        for peer, messages in sends.items():
+            self.peers.send(peer, messages)
+
+
+def _nothing(_mask: int) -> None:
+    """ZeroMQ's descriptor only wakes the loop; the loop drains the socket."""
+
+
+def main(context: ChildContext) -> None:
+    """Run worker ``context.index`` until it is told to stop."""
+    worker = Worker(context)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+    if worker.exit_fresh:
+        raise SystemExit(int(ExitCode.RESTART_FRESH))
