@@ -33,11 +33,17 @@ class Load:
 
     All run in one thread with an event loop. They go through the nodes named by ``via``, each increment through one at
     random; a test takes a node out (:meth:`leave`) before it stops or kills it, since a real client would live on
-    that machine and go with it. A client that gives up or sees a wrong number is noted in :attr:`wrong` and ends.
+    that machine and go with it. ``groups`` may say what each counter holds already; 0 if not. A client that gives up
+    or sees a wrong number is noted in :attr:`wrong` and ends.
     """
 
     def __init__(
-        self, fleet: LocalFleet, groups: Iterable[str], via: Iterable[str], *, pause_s_max: float = 0.3
+        self,
+        fleet: LocalFleet,
+        groups: Iterable[str] | Mapping[str, int],
+        via: Iterable[str],
+        *,
+        pause_s_max: float = 0.3,
     ) -> None:
         self._fleet = fleet
         self._via = list(via)
@@ -48,7 +54,7 @@ class Load:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.counts = {name: 0 for name in groups}
+        self.counts = dict(groups) if isinstance(groups, Mapping) else dict.fromkeys(groups, 0)
         self.wrong: list[str] = []
 
     def __enter__(self) -> Load:

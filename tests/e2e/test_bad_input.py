@@ -24,24 +24,39 @@ OTHER_FLEET = bytes(range(16))
 CLIENT_ID = b"c" * 16
 
 
+GROUPS = [f"group{number}" for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[LocalFleet]:
+    """Two nodes of two workers with ten groups, shared by the tests of this file: nothing may disturb them."""
+    with LocalFleet() as fleet:
+        fleet.start_nodes({"n1": "z1", "n2": "z2"}, workers=2)
+        client = fleet.connect("n2")
+        for name in GROUPS:
+            client.add_consensus_group(name, 2, JUST_AN_INT)
+        fleet.wait_settled()
+        fleet.status("n1"), fleet.status("n2")  # opens the connections that pair() will use
+        yield fleet
+
+
 @pytest.fixture
-def pair(fleet: LocalFleet) -> Iterator[LocalFleet]:
-    """Two nodes of two workers with ten groups, under load before, while and after the test talks nonsense."""
-    fleet.start_nodes({"n1": "z1", "n2": "z2"}, workers=2)
+def pair(two_nodes: LocalFleet) -> Iterator[LocalFleet]:
+    """The nodes, under load before, while and after the test talks nonsense."""
+    fleet = two_nodes
     client = fleet.connect("n2")
-    groups = [f"group{number}" for number in range(10)]
-    for name in groups:
-        client.add_consensus_group(name, 2, JUST_AN_INT)
-    fleet.wait_settled()
+    first = {name: client.query(name, "get") for name in GROUPS}
+    client.close()
     before = pids(fleet)
-    with Load(fleet, groups, via=["n1", "n2"], pause_s_max=0.05) as load:
+    with Load(fleet, first, via=["n1", "n2"], pause_s_max=0.05) as load:
         load.await_progress()
         yield fleet
         load.await_progress()
     load.check()
     assert pids(fleet) == before, "a process ended"
     assert all(worker["restarts"] == 0 for name in ("n1", "n2") for worker in fleet.status(name)["workers"])
-    assert "Traceback" not in fleet.nodes["n1"].log()
+    for node in fleet.nodes.values():
+        assert "Traceback" not in node.log()
 
 
 def pids(fleet: LocalFleet) -> list[int]:
