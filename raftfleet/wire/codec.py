@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, Union
 
 import msgpack
 
-from raftfleet.core import host_messages, messages
+from raftfleet.core import host_messages, manager_messages, messages
 from raftfleet.core.host_messages import ForwardReply, ForwardRequest
 from raftfleet.core.messages import Append, AppendAnswer, Beat, BeatAnswer, Entry
 from raftfleet.wire.errors import WireError
@@ -495,3 +495,5 @@ register_messages(
     },
     _FIELDS,
 )
+
+register_messages(manager_messages.MESSAGE_TYPES, manager_messages.FIELDS)

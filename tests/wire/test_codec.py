@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raftfleet.core import host_messages as host
+from raftfleet.core import manager_messages as manager
 from raftfleet.core import messages as m
 from raftfleet.wire import codec
 from raftfleet.wire.codec import FrameLimits, decode_frame, encode_frame, register_messages
@@ -75,6 +76,20 @@ STRATEGIES: dict[int, st.SearchStrategy[Any]] = {
     host.RPC: st.builds(host.Rpc, st.just(host.RPC), u63, text, maps),
     host.RPC_ANSWER: st.builds(host.RpcAnswer, st.just(host.RPC_ANSWER), u63, u63, values),
 }
+
+
+def _field(field: Any) -> st.SearchStrategy[Any]:
+    """Values that fit one field of a table."""
+    if isinstance(field, list):
+        return st.lists(_field(field[0]), max_size=3)
+    if isinstance(field, tuple):
+        return st.tuples(*[_field(item) for item in field])
+    return {"u63": u63, "str": text, "bin": data, "bool": boolean, "map": maps, "value": values}[field]
+
+
+for _kind, _type in manager.MESSAGE_TYPES.items():
+    STRATEGIES[_kind] = st.builds(_type, st.just(_kind), *[_field(field) for field in manager.FIELDS[_kind]])
+ALL_TYPES: dict[int, Any] = {**m.MESSAGE_TYPES, **host.MESSAGE_TYPES, **manager.MESSAGE_TYPES}
 any_message = st.one_of(*STRATEGIES.values())
 
 
@@ -105,10 +120,9 @@ def _survives(data: bytes) -> bool:
     return True
 
 
-def test_every_kind_of_the_core_and_of_the_hosts_is_known() -> None:
-    kinds = set(m.MESSAGE_TYPES) | set(host.MESSAGE_TYPES)
-    assert kinds <= codec.registered_kinds()
-    assert kinds == set(STRATEGIES)
+def test_every_kind_of_core_hosts_and_managers_is_known() -> None:
+    assert set(ALL_TYPES) == codec.registered_kinds() == set(STRATEGIES)
+    assert len(ALL_TYPES) == len(m.MESSAGE_TYPES) + len(host.MESSAGE_TYPES) + len(manager.MESSAGE_TYPES)
 
 
 @given(st.lists(any_message, max_size=6), st.integers(1, U63_MAX), u63, st.binary(min_size=16, max_size=16))
@@ -176,23 +190,21 @@ def test_what_was_decoded_can_be_packed_again_after_adding_one() -> None:
     encode_frame(FLEET, 1, 2, [decoded._replace(term=decoded.term + 1, index=decoded.index + 65536)])
     for position in (1, 2, 4, 5, 6, 7, 8):
         for bad in (-1, 2**63, 2**64 - 1, True, 1.0, None, "1", b"1"):
-            fields = list(largest)
+            fields: list[Any] = list(largest)
             fields[position] = bad
             _refused(msgpack.packb([1, FLEET, 1, 2, [fields]]), "bad field")
 
 
 @pytest.mark.parametrize("kind", sorted(set(STRATEGIES)))
 def test_a_bool_is_not_an_int_and_none_is_nothing(kind: int) -> None:
-    message_type = {**m.MESSAGE_TYPES, **host.MESSAGE_TYPES}[kind]
     for bad in (True, None):
-        fields = [kind] + [bad] * (len(message_type._fields) - 1)  # type: ignore[attr-defined]
+        fields: list[Any] = [kind] + [bad] * (len(ALL_TYPES[kind]._fields) - 1)
         _refused(msgpack.packb([1, FLEET, 1, 2, [fields]]), "bad field")
 
 
 @pytest.mark.parametrize("kind", sorted(set(STRATEGIES)))
 def test_too_few_and_too_many_fields_are_refused(kind: int) -> None:
-    message_type = {**m.MESSAGE_TYPES, **host.MESSAGE_TYPES}[kind]
-    count = len(message_type._fields)  # type: ignore[attr-defined]
+    count = len(ALL_TYPES[kind]._fields)
     for length in (count - 1, count + 1):
         _refused(msgpack.packb([1, FLEET, 1, 2, [[kind] + [0] * (length - 1)]]), "bad field")
 
@@ -283,7 +295,7 @@ def test_lists_longer_than_the_limit_are_refused() -> None:
 
 class _Ping(NamedTuple):
     kind: int
-    count: int
+    number: int
     note: str | None
     peers: list[tuple[str, int]]
 
@@ -296,9 +308,10 @@ def test_other_kinds_are_plugged_in_by_a_table(monkeypatch: pytest.MonkeyPatch) 
         frame = decode_frame(encode_frame(FLEET, 1, 2, [ping]))
         assert frame.messages == [ping]
         assert type(frame.messages[0]) is _Ping
-    for fields in ([120, -1, None, []], [120, 1, 2, []], [120, 1, "", [["a"]]], [120, 1, "", ["a"]], [120, 1, "", {}]):
+    bad: list[list[Any]] = [[-1, None, []], [1, 2, []], [1, "", [["a"]]], [1, "", ["a"]], [1, "", {}]]
+    for fields in bad:
         with pytest.raises(WireError, match="_Ping"):
-            decode_frame(msgpack.packb([1, FLEET, 1, 2, [fields]]))
+            decode_frame(msgpack.packb([1, FLEET, 1, 2, [[120, *fields]]]))
     with pytest.raises(ValueError, match="taken"):
         register_messages({m.APPEND: _Ping}, {m.APPEND: ("u63", "str", "value")})
     with pytest.raises(ValueError, match="3 fields"):
