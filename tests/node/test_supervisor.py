@@ -77,6 +77,9 @@ class Node:
         wait: bool = True,
         **options: Any,
     ) -> None:
+        if self.pid:  # started before: those of its children that are still dying must not be taken for new ones
+            for path in self.folder.glob("*-*"):
+                path.unlink()
         self.pid, self.exit_code = os.fork(), None
         if self.pid == 0:
             code = 99
