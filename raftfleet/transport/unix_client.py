@@ -173,8 +173,8 @@ class UnixChannel:
         while self._deadlines and self._deadlines[0][1] not in self._requests:
             heapq.heappop(self._deadlines)
         candidates = [self._deadlines[0][0]] if self._deadlines else []
-        if self._answers:
-            return 0
+        if self._answers or (self.is_up and self._to_write):
+            return 0  # something to deliver, or asked after the last flush
         if self._closed:
             return None
         if self._sock is None:

@@ -492,6 +492,20 @@ def test_a_broken_connection_answers_what_was_written_and_is_made_again(
     assert len(ups) == 2
 
 
+def test_a_request_made_after_the_flush_does_not_wait_for_anything_else(
+    poller: Poller, serve: Callable[..., UnixServer], channel: Callable[..., UnixChannel]
+) -> None:
+    server = serve()
+    client = channel()
+    run_until(poller, lambda: client.is_up, lambda: client.tick(0))
+    assert client.next_deadline_us() is None
+    client.call("method", {}, 500, 0)
+    assert client.next_deadline_us() == 0
+    client.tick(0)
+    assert client.next_deadline_us() == 600_000
+    run_until(poller, server.receive)
+
+
 def test_back_off_doubles_up_to_a_second(channel: Callable[..., UnixChannel]) -> None:
     client = channel()
     now_us, waits = 0, []
