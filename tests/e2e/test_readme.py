@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import pytest
 
-from raftfleet.testing.local_fleet import PortBlocks
+from raftfleet.testing.ports import PortBlocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": ROOT / "README.md", "tutorial.md": ROOT / "docs" / "tutorial.md"}
