@@ -1,0 +1,553 @@
+"""The client's head: what to send, when to try again, and what may be said about the outcome.
+
+This module does not know about sockets, threads or clocks. A driver (:mod:`raftfleet.client.sync`,
+:mod:`raftfleet.client.aio`) makes a :class:`Call` per call of the user, does what its state asks for, and tells it what
+happened; time is an argument, in microseconds: ``now_us`` of a monotonic clock, ``wall_us`` since 1970.
+
+========== ================================================== =======================================================
+state      what the driver does                               what it reports
+========== ================================================== =======================================================
+QUEUED     nothing: too many commands are under way           ``on_deadline``; or :meth:`ClientCore.turn` admits it
+READY      connect if need be, send :meth:`Call.attempt`      ``on_refused`` if that fails, or ``on_deadline``
+IN_FLIGHT  read replies                                       ``on_reply``, ``on_lost``, ``on_deadline``
+PAUSED     nothing                                            ``on_deadline``, and replies that come late
+DONE       hand over ``result`` or raise ``error``            :meth:`ClientCore.turn`, once
+========== ================================================== =======================================================
+
+Every state but DONE has a ``deadline_us``.
+
+Rules:
+
+1. **The class of an error speaks for all attempts together.** Each attempt that was sent is a *doubt*, until its own
+   answer says that it was not applied. A call that ends while a doubt is left ends as OutcomeUnknown, whatever its last
+   attempt said; only a result (or the state machine's own exception) settles all doubts, since a session answers every
+   attempt of a command alike.
+2. All attempts of a command carry the same seq. They carry the same time of issue, too, from the first one that left a
+   doubt: the node refuses what is too old to be told apart from a second execution.
+3. A seq is *acknowledged* when its call has ended, so the node keeps no result that nobody waits for. At most
+   :data:`WINDOW` seqs from the oldest that is not; the others wait here, in order.
+4. A query, or a control call that changes nothing, leaves no doubt and is tried again freely.
+5. An answer to an attempt that was given up already is used if the call still runs, and dropped if not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgpack
+
+from raftfleet import errors
+from raftfleet.core.names import check_group_name, shard_of
+from raftfleet.wire import ipc
+
+if TYPE_CHECKING:
+    from raftfleet.node.leader_table import LeaderSlot
+
+WINDOW = 1024
+"""Commands of one client and group from the oldest unfinished one to the newest: what the group must remember of us."""
+
+GRACE_US = 100_000
+"""How much longer than the node an attempt is waited for: the node's own answer says more than our silence."""
+
+CONTROL_RETRY_INTERVAL_US = 100_000
+CONTROL_RETRY_COUNT = 1 << 30  # a control call is bounded by its timeout alone
+
+ARG_BYTES_MAX = ipc.FRAME_BYTES_MAX - 4096
+"""Of a packed argument, with room for the names around it. Groups have limits of their own (``command_bytes_max``)."""
+
+CONTROL = -1
+"""Where a control call goes: the manager's socket. Shards are 0, 1, ..."""
+
+READ_METHODS = frozenset(
+    "active_nodes groups groups_detail members group_status unreachable_nodes leaderless_groups status".split()
+) | frozenset("shard_info watch_fleet fleet_query local_groups".split())
+"""Control calls that change nothing and so can be repeated whatever became of the last attempt."""
+
+CONSISTENCIES = {"linearizable": ipc.LINEARIZABLE, "stale": ipc.STALE}
+
+QUEUED: Final = 0
+READY: Final = 1
+IN_FLIGHT: Final = 2
+PAUSED: Final = 3
+DONE: Final = 4
+
+_RETRIED_CODES = frozenset((ipc.NO_LEADER, ipc.OVERLOADED, ipc.NOT_ACTIVE, ipc.UNANSWERED))
+_SETTLING_CODES = frozenset((ipc.OK, ipc.COMMAND_FAILED, ipc.QUERY_FAILED))
+_GROUP_CHANGES_MAX = 3
+_ROUTES_MAX = 1 << 17
+_STORY_LENGTH_MAX = 8
+
+
+class Leader(NamedTuple):
+    """Who leads a group.
+
+    Attributes:
+        node: name of the node that hosts the leader.
+        term: in which it was elected; a later leader has a higher one.
+    """
+
+    node: str
+    term: int
+
+
+def leader_of(slot: LeaderSlot | None) -> Leader | None:
+    """Who leads, from a slot of the leader table."""
+    return None if slot is None or slot.node is None else Leader(slot.node, slot.term)
+
+
+def leader_in(status: object) -> Leader | None:
+    """Who leads, from an answer to ``group_status``."""
+    if isinstance(status, dict) and isinstance(status.get("leader"), str):
+        return Leader(status["leader"], int(status.get("term") or 0))
+    return None
+
+
+def serves(slot: LeaderSlot | None, uid: int) -> bool:
+    """Whether the leader table knows a leader of the group ``uid``, or of a later one of its name."""
+    return slot is not None and slot.uid >= uid and slot.node is not None
+
+
+def pack_argument(arg: object, what: str) -> bytes:
+    """The user's argument as it travels; ``what`` names it in errors.
+
+    Raises:
+        TypeError: it holds something that msgpack does not carry, or a map whose keys could not be unpacked again.
+        ValueError: it holds an integer of more than 64 bits, a str that is not valid Unicode, or is nested too deep.
+        CommandTooLarge: it does not fit into a frame.
+    """
+    try:
+        packed: bytes = msgpack.packb(arg)
+        if not isinstance(arg, (str, bytes, int, float, type(None))):
+            unpack(packed)  # a key such as (1, 2) would be packed and arrive as a list, which no dict takes as a key
+    except TypeError as error:
+        raise TypeError(f"{what} cannot be carried by msgpack: {error}") from error
+    except OverflowError as error:
+        raise ValueError(f"{what} holds an integer of more than 64 bits") from error
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise ValueError(f"{what} cannot be carried by msgpack: {error}") from error
+    if len(packed) > ARG_BYTES_MAX:
+        raise errors.CommandTooLarge(f"{what} has {len(packed)} bytes when packed; a frame carries {ARG_BYTES_MAX}")
+    return packed
+
+
+def unpack(packed: bytes) -> Any:
+    """The value that :func:`pack_argument`, or a node, packed."""
+    return msgpack.unpackb(packed, strict_map_key=False)
+
+
+def microseconds(seconds: object, what: str) -> int:
+    """A span of time given by the user, in microseconds.
+
+    Raises:
+        ValueError: it is not a number of seconds from 0 to ten years; ``what`` names it.
+    """
+    if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds <= 10 * 365 * 86400:
+        return int(seconds * 1e6)
+    raise ValueError(f"{what} is a number of seconds, not {seconds!r}")
+
+
+class Session:
+    """What a client remembers of its commands to one group: which seqs are given out, and which have ended."""
+
+    __slots__ = ("_ended", "acked", "name", "next_seq", "waiting")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.next_seq = 1
+        self.acked = 0  # all seqs up to here have ended
+        self._ended: set[int] = set()  # those above acked that have
+        self.waiting: deque[Call] = deque()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more command may be under way."""
+        return self.next_seq - 1 - self.acked < WINDOW
+
+    def end(self, seq: int) -> None:
+        """Nobody waits for the result of ``seq`` any more."""
+        if seq == self.acked + 1 and not self._ended:
+            self.acked = seq
+            return
+        self._ended.add(seq)
+        while self.acked + 1 in self._ended:
+            self.acked += 1
+            self._ended.discard(self.acked)
+
+
+class Call:
+    """One call of the user, over all its attempts. See the module's table for who does what.
+
+    Attributes:
+        state: QUEUED, READY, IN_FLIGHT, PAUSED or DONE.
+        deadline_us: when the driver must call :meth:`on_deadline`, if nothing else happened.
+        request_id: of the last attempt.
+        result: of a call that is DONE without an error.
+        error: what a call that is DONE raises, or None.
+        waiter: the driver's own.
+    """
+
+    __slots__ = (
+        "_arg",
+        "_attempt_count",
+        "_client_id",
+        "_consistency",
+        "_doubts",
+        "_group_changes",
+        "_issued_us",
+        "_kind",
+        "_leaves_doubt",
+        "_retry_interval_us",
+        "_retry_left",
+        "_seq",
+        "_session",
+        "_started_us",
+        "_story",
+        "_timeout_us",
+        "_total_deadline_us",
+        "_uid",
+        "deadline_us",
+        "error",
+        "name",
+        "request_id",
+        "result",
+        "state",
+        "waiter",
+        "where",
+    )
+
+    def __init__(self, kind: int, name: str, arg: Any, timeout_us: int, retry: int, retry_interval_us: int) -> None:
+        self._kind = kind
+        self.name = name  # of the group, or of the method
+        self._arg = arg
+        self._timeout_us = timeout_us
+        self._retry_left = retry
+        self._retry_interval_us = retry_interval_us
+        self._leaves_doubt = kind == ipc.COMMAND
+        self._client_id = b""
+        self._session: Session | None = None
+        self._seq = 0
+        self._consistency = ipc.LINEARIZABLE
+        self._uid: int | None = None  # None: before the first attempt
+        self._issued_us = 0
+        self._started_us = 0
+        self._total_deadline_us = 0  # 0: bounded by the number of retries
+        self._doubts: set[int] | None = None
+        self._attempt_count = 0
+        self._group_changes = 0
+        self._story: list[str] | None = None
+        self.where: int | None = None  # for control calls that go elsewhere than to the manager
+        self.state = QUEUED
+        self.deadline_us = 0
+        self.request_id = 0
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.waiter: Any = None
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this goes to the manager, not to the shard that owns a group's name."""
+        return self._kind == ipc.CALL
+
+    def attempt(self, request_id: int, uid: int, now_us: int, wall_us: int) -> list[Any]:
+        """The request of the next attempt; the state becomes IN_FLIGHT. It counts as sent until told otherwise.
+
+        Args:
+            request_id: never used before by this client.
+            uid: of the group as the leader table has it now, or 0. Only the first attempt's is used.
+            now_us: monotonic.
+            wall_us: since 1970.
+        """
+        self.request_id = request_id
+        self.state = IN_FLIGHT
+        self._attempt_count += 1
+        if self._kind == ipc.CALL:
+            if self._leaves_doubt:
+                self._add_doubt(request_id)
+            remaining_ms = max(1, (self._total_deadline_us - GRACE_US - now_us + 999) // 1000)
+            return [request_id, ipc.CALL, self.name, self._arg, remaining_ms]
+        if self._uid is None:
+            self._uid = uid
+        timeout_ms = (self._timeout_us + 999) // 1000
+        if self._kind == ipc.QUERY:
+            return [request_id, ipc.QUERY, self.name, self._uid, timeout_ms, self._consistency, self._arg]
+        assert self._session is not None
+        if not self._doubts:
+            self._issued_us = wall_us
+        self._add_doubt(request_id)
+        command = msgpack.packb((self._client_id, self._seq, self._session.acked, self._issued_us, self._arg))
+        return [request_id, ipc.COMMAND, self.name, self._uid, timeout_ms, command]
+
+    def on_unsent(self) -> None:
+        """Not all bytes of the last attempt were accepted by the socket: READY again, as if it had not been made.
+
+        A frame that is not whole is never read, so there is no doubt.
+        """
+        self._drop_doubt(self.request_id)
+        self._attempt_count -= 1
+        self.state = READY
+
+    def on_refused(self, reason: str, now_us: int) -> None:
+        """The node could not be reached, so nothing was sent."""
+        if self.state == IN_FLIGHT:
+            self._drop_doubt(self.request_id)
+        elif self.state == READY:
+            self._attempt_count += 1
+        self._fail(errors.NodeNotRunning(reason), now_us, is_retried=True)
+
+    def on_lost(self, now_us: int) -> None:
+        """The connection broke after the last attempt was sent, and before its answer."""
+        if self.state == IN_FLIGHT:
+            self._fail(self._silence("the connection to the node broke"), now_us, is_retried=True)
+
+    def on_reply(self, request_id: int, code: int, body: Any, now_us: int) -> None:
+        """A reply to one of this call's attempts, be it the last one or not."""
+        if self.state == DONE:
+            return
+        if code == ipc.OK:
+            self._finish_with_result(body)
+            return
+        error = ipc.error_of(code, body)
+        if code in _SETTLING_CODES or (code == ipc.SESSION_EXPIRED and self._leaves_doubt):
+            self._finish(error)
+            return
+        if isinstance(error, errors.NotApplied):
+            self._drop_doubt(request_id)
+        if self.state != IN_FLIGHT or request_id != self.request_id:
+            return  # an attempt that was given up: its answer only settles its own doubt
+        if code == ipc.GROUP_CHANGED:
+            self._on_group_changed(error, now_us)
+        elif code == ipc.OUTCOME_UNKNOWN:
+            self._fail(error, now_us, is_retried=self._kind != ipc.CALL or not self._leaves_doubt)
+        else:
+            self._fail(error, now_us, is_retried=code in _RETRIED_CODES)
+
+    def on_deadline(self, now_us: int) -> None:
+        """``deadline_us`` has come."""
+        if self.state == PAUSED:
+            self._make_ready(now_us)
+        elif self.state == IN_FLIGHT:
+            self._fail(self._silence(f"no answer within {self._span_s(now_us):g} s"), now_us, is_retried=True)
+        elif self.state == READY:
+            self._attempt_count += 1
+            self._fail(errors.NodeNotRunning("the node accepts no request"), now_us, is_retried=True)
+        elif self.state == QUEUED:
+            assert self._session is not None
+            self._session.waiting.remove(self)
+            self._finish(errors.Overloaded(f"{WINDOW} commands of this client to {self.name!r} are under way already"))
+
+    def abandon(self, reason: str) -> None:
+        """The user, or the driver, gives up now."""
+        if self.state == QUEUED and self._session is not None and self in self._session.waiting:
+            self._session.waiting.remove(self)
+        if self.state != DONE:
+            self._finish(errors.NotApplied(reason))
+
+    # ---------------------------------------------------------------- how it goes on
+
+    def _make_ready(self, now_us: int) -> None:
+        self.state = READY
+        self.deadline_us = self._total_deadline_us or now_us + self._timeout_us + GRACE_US
+
+    def _on_group_changed(self, error: errors.RaftFleetError, now_us: int) -> None:
+        """The table was behind: another group has this name now. The node did not take the request for either."""
+        self._drop_doubt(self.request_id)
+        self._group_changes += 1
+        if self._doubts or self._group_changes > _GROUP_CHANGES_MAX:
+            self._finish(error)  # attempts may have been applied by the group that is no more
+        else:
+            self._uid = 0  # let the node, which knows better, look it up
+            self._make_ready(now_us)
+
+    def _fail(self, error: errors.RaftFleetError, now_us: int, *, is_retried: bool) -> None:
+        """The last attempt came to nothing: pause and try again, or end."""
+        if self._story is None:
+            self._story = []
+        if len(self._story) < _STORY_LENGTH_MAX:
+            self._story.append(str(error))
+        resume_us = now_us + self._retry_interval_us
+        out_of_time = self._total_deadline_us != 0 and resume_us >= self._total_deadline_us - GRACE_US
+        if not is_retried or self._retry_left <= 0 or out_of_time:
+            self._finish(error, now_us)
+            return
+        self._retry_left -= 1
+        self.state = PAUSED
+        self.deadline_us = resume_us
+
+    def _silence(self, reason: str) -> errors.RaftFleetError:
+        return errors.OutcomeUnknown(reason) if self._leaves_doubt else errors.Unanswered(reason)
+
+    def _span_s(self, now_us: int) -> float:
+        return (now_us - self._started_us) / 1e6 if self._total_deadline_us else self._timeout_us / 1e6
+
+    def _finish_with_result(self, body: Any) -> None:
+        if self._kind != ipc.CALL:
+            try:
+                body = unpack(body)
+            except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+                self.error = errors.ProtocolError(f"the node sent a result that is not msgpack: {error}")
+                body = None
+        self.result = body
+        self._end()
+
+    def _finish(self, error: errors.RaftFleetError, now_us: int | None = None) -> None:
+        """End with ``error``, or with OutcomeUnknown where a doubt is left that it does not settle."""
+        is_settled = isinstance(error, (errors.UserCodeFailed, errors.OutcomeUnknown))
+        story = self._story or []
+        if self._doubts and not is_settled:
+            told = "; ".join(story) or str(error)
+            unknown = errors.OutcomeUnknown(
+                f"{self._what()}: it may have been applied once ({self._attempt_count} attempts: {told})"
+            )
+            unknown.__cause__ = error
+            self.error = unknown
+        else:
+            if self._attempt_count > 1 and now_us is not None and error.args:
+                took_s = (now_us - self._started_us) / 1e6
+                error.args = (f"{error} ({self._attempt_count} attempts in {took_s:.1f} s)", *error.args[1:])
+            self.error = error
+        self._end()
+
+    def _end(self) -> None:
+        self.state = DONE
+        self._arg = b""
+        session = self._session
+        if session is not None and self._seq:
+            session.end(self._seq)
+
+    def _what(self) -> str:
+        if self._kind == ipc.CALL:
+            return f"call {self.name}"
+        return f"{'command' if self._kind == ipc.COMMAND else 'query'} to {self.name!r}"
+
+    def _add_doubt(self, request_id: int) -> None:
+        if self._doubts is None:
+            self._doubts = {request_id}
+        else:
+            self._doubts.add(request_id)
+
+    def _drop_doubt(self, request_id: int) -> None:
+        if self._doubts is not None:
+            self._doubts.discard(request_id)
+
+
+class ClientCore:
+    """Makes calls and keeps the sessions of one client.
+
+    Not safe for threads: a driver with threads locks around :meth:`command`, :meth:`start` and :meth:`turn`, and around
+    whatever may end a call (``on_...``), since that ends a seq of its session.
+
+    Args:
+        client_id: 16 random bytes that no other client, and no fork of this one, has.
+    """
+
+    def __init__(self, client_id: bytes) -> None:
+        if len(client_id) != ipc.CLIENT_ID_BYTES:
+            raise ValueError(f"a client id has {ipc.CLIENT_ID_BYTES} bytes, not {len(client_id)}")
+        self.client_id = client_id
+        self._sessions: dict[str, Session] = {}
+        # Replaced as one, so that a thread which is late writes into what nobody reads any more.
+        self._routes: tuple[int, dict[str, int]] = (0, {})
+
+    def hello(self) -> list[Any]:
+        """The first request on every connection."""
+        return [0, ipc.HELLO, ipc.PROTOCOL, self.client_id]
+
+    def command(self, name: str, arg: object, timeout: float, retry: int, retry_interval: float) -> Call:
+        """A command; see :meth:`raftfleet.client.sync.Fleet.command` for the arguments and :meth:`start` for more.
+
+        Raises:
+            TypeError, ValueError, CommandTooLarge: an argument is of no use; nothing happened.
+        """
+        packed = pack_argument(arg, "the argument of a command")
+        session = self._sessions.get(name)
+        if session is None:
+            session = Session(check_group_name(name))
+        call = self._group_call(ipc.COMMAND, name, packed, timeout, retry, retry_interval)
+        call._session = self._sessions.setdefault(name, session)
+        call._client_id = self.client_id
+        return call
+
+    def query(
+        self, name: str, arg: object, consistency: str, timeout: float, retry: int, retry_interval: float
+    ) -> Call:
+        """A query; see :meth:`raftfleet.client.sync.Fleet.query` for the arguments.
+
+        Raises:
+            TypeError, ValueError, CommandTooLarge: an argument is of no use; nothing happened.
+        """
+        if consistency not in CONSISTENCIES:
+            raise ValueError(f"consistency is one of {', '.join(CONSISTENCIES)}, not {consistency!r}")
+        packed = pack_argument(arg, "the argument of a query")
+        if name not in self._routes[1]:
+            check_group_name(name)
+        call = self._group_call(ipc.QUERY, name, packed, timeout, retry, retry_interval)
+        call._consistency = CONSISTENCIES[consistency]
+        return call
+
+    def control(self, method: str, args: dict[str, Any], timeout: float, where: int | None = None) -> Call:
+        """A call of a method of the manager, or of shard ``where``. ``timeout`` bounds all its attempts together.
+
+        Raises:
+            TypeError, ValueError, CommandTooLarge: an argument is of no use; nothing happened.
+        """
+        if not all(isinstance(key, str) for key in args):
+            raise TypeError(f"names of arguments are str: {args!r}")
+        pack_argument(args, f"an argument of {method}")
+        timeout_us = microseconds(timeout, "timeout")
+        call = Call(ipc.CALL, method, args, timeout_us, CONTROL_RETRY_COUNT, CONTROL_RETRY_INTERVAL_US)
+        call._leaves_doubt = method not in READ_METHODS
+        call.where = where
+        return call
+
+    def start(self, call: Call, now_us: int) -> None:
+        """Let a new call begin: READY, or QUEUED if its session has no room."""
+        call._started_us = now_us
+        if call._kind == ipc.CALL:
+            call._total_deadline_us = now_us + call._timeout_us + GRACE_US
+        session = call._session
+        if session is not None and (session.waiting or not session.has_room):
+            session.waiting.append(call)
+            attempts_us = (call._timeout_us + GRACE_US) * (call._retry_left + 1)
+            call.deadline_us = now_us + attempts_us + call._retry_interval_us * call._retry_left
+            return
+        self._admit(call, now_us)
+
+    def turn(self, call: Call, now_us: int) -> list[Call]:
+        """To be called once when ``call`` is DONE: calls of its session that have become READY by that."""
+        session = call._session
+        if session is None or not session.waiting:
+            return []
+        admitted = []
+        while session.waiting and session.has_room:
+            waiting = session.waiting.popleft()
+            self._admit(waiting, now_us)
+            admitted.append(waiting)
+        return admitted
+
+    def where(self, call: Call, workers: int) -> int:
+        """The socket for this call on a node with so many workers: a shard's index, or :data:`CONTROL`."""
+        if call._kind == ipc.CALL:
+            return CONTROL if call.where is None else call.where
+        known_workers, routes = self._routes
+        if workers != known_workers or len(routes) >= _ROUTES_MAX:
+            self._routes = (workers, routes := {})
+        index = routes.get(call.name)
+        if index is None:
+            index = routes[call.name] = shard_of(call.name, workers)
+        return index
+
+    def _group_call(
+        self, kind: int, name: str, packed: bytes, timeout: float, retry: int, retry_interval: float
+    ) -> Call:
+        if type(retry) is not int or not 0 <= retry < 1 << 31:
+            raise ValueError(f"retry is a whole number of attempts after the first, not {retry!r}")
+        timeout_us = microseconds(timeout, "timeout")
+        return Call(kind, name, packed, timeout_us, retry, microseconds(retry_interval, "retry_interval"))
+
+    def _admit(self, call: Call, now_us: int) -> None:
+        session = call._session
+        if session is not None:
+            call._seq = session.next_seq
+            session.next_seq += 1
+        call._make_ready(now_us)
