@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -59,3 +60,17 @@ def test_the_demo_verifies_its_claims_within_a_minute() -> None:
     assert len(facts) >= 10
     assert all(fact.startswith("verified") for fact in facts), done.stdout
     assert took_s < 60.0, f"the demo took {took_s:.0f} s"
+
+
+def test_the_benchmark_prints_a_table_and_writes_json(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    done = run(
+        sys.executable, str(ROOT / "benchmarks" / "commands.py"), "--seconds", "0.2", "--json", str(result),
+        deadline_s=120.0,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 4 + 2 + 8 + 4, "head, echo, synchronous, one group here and elsewhere, sixty groups"
+    measured = json.loads(result.read_text())
+    assert {row["in_flight"] for row in measured["rows"]} == {1, 16, 64, 256}
+    assert all(row["commands"] > 0 and row["cpu_us"]["client"] >= 0 for row in measured["rows"])

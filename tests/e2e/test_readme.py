@@ -73,7 +73,9 @@ class Shell:
     def _read(self) -> None:
         assert self._bash.stdout is not None
         for line in self._bash.stdout:
-            self._lines.put(line.rstrip("\n"))
+            # A bash that is not interactive tells of a killed job at its next command, or later: nobody sees it typed.
+            if not re.match(r"bash: line \d+: +\d+ (Killed|Terminated)", line):
+                self._lines.put(line.rstrip("\n"))
 
     def run(self, command: str, deadline_s: float = 90.0) -> str:
         """Run one line and return what it printed. `ready` lines of nodes in the background are left out."""
