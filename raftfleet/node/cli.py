@@ -198,22 +198,26 @@ def deactivate(wait: bool, run_dir: Path | None) -> None:
 def stop(drain: bool, run_dir: Path | None) -> None:
     """Stop this machine's node and return when it is gone."""
     with _connect(run_dir) as fleet:
-        control = Path(fleet.run_dir) / "control.sock"
+        node_dir = fleet.run_dir
         if drain:
             fleet.call("deactivate", {"wait": False}, 30.0)
             cli_output.show_draining(lambda: fleet.call("status", {}, 5.0))
         # Its last answer may be overtaken by its end, which is what is waited for anyway.
         with contextlib.suppress(OutcomeUnknown):
             fleet.call("stop", {"drain": drain}, 10.0)
-    _wait_gone(control)
+    _wait_gone(node_dir)
     cli_output.say("the node has stopped")
 
 
-def _wait_gone(control: Path) -> None:
+def _wait_gone(run_dir: Path) -> None:
+    from raftfleet.node import rundir
+
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while control.exists():
+    while (holder := rundir.lock_holder(run_dir)) is not None:
         if time.monotonic() > deadline:
-            raise RaftFleetError(f"the node accepted the stop but {control} is still there after {STOP_DEADLINE_S:g} s")
+            raise RaftFleetError(
+                f"the node was told to stop, but process {holder} is there after {STOP_DEADLINE_S:g} s"
+            )
         time.sleep(0.05)
 
 
