@@ -210,10 +210,12 @@ def stop(drain: bool, run_dir: Path | None) -> None:
 
 
 def _wait_gone(run_dir: Path) -> None:
+    import psutil
+
     from raftfleet.node import rundir
 
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while (holder := rundir.lock_holder(run_dir)) is not None:
+    while (holder := rundir.lock_holder(run_dir)) is not None and psutil.pid_exists(holder):
         if time.monotonic() > deadline:
             raise RaftFleetError(
                 f"the node was told to stop, but process {holder} is there after {STOP_DEADLINE_S:g} s"
