@@ -103,7 +103,7 @@ class Worker:
                 rundir.shard_socket(config.run_dir, 0),
                 self.host.client_id,
                 self.poller,
-                on_push=self.pushes.append,
+                on_push=lambda push: self.pushes.append(push),
                 on_up=self._feed_up,
             )
         self.fleet_set = False
@@ -196,12 +196,14 @@ class Worker:
         if host.fleet_id and not self.fleet_set:
             self.fleet_set = True
             self.peers.set_fleet(host.fleet_id)
-        if out.table or out.addresses or out.upcalls or out.notes or out.exit_fresh:
+        if out.table or out.addresses or out.forgotten or out.upcalls or out.notes or out.exit_fresh:
             self._carry_out_the_rest(out)
 
     def _carry_out_the_rest(self, out: Outputs) -> None:
         for instance, (endpoint, public_key) in out.addresses.items():
             self.peers.set_address(instance, endpoint, public_key)
+        for instance in out.forgotten:
+            self.peers.forget(instance)
         for operation in out.table:
             if operation[0] == "leader":
                 self.table.set_leader(*operation[1:])
@@ -294,7 +296,7 @@ class Worker:
         if took_us > SLOW_COMMAND_US:
             name = self.running.name if self.running is not None else "(new)"
             logger.warning(
-                "group %s: its state machine took %.1f s; all groups of worker %d waited (limit for this warning: %.1f s)",
+                "group %s: its state machine took %.1f s, and all groups of worker %d waited (warned of from %.1f s on)",
                 name,
                 took_us / 1e6,
                 self.index,

@@ -65,7 +65,9 @@ from raftfleet.fleet.requests import (
     FROM_CLIENT,
     FROM_HOST,
     FROM_PEER,
+    IN_A_LOG,
     NO_LEADER,
+    ON_ITS_WAY,
     Request,
 )
 
@@ -130,6 +132,7 @@ class Outputs:
         table: operations on the leader table: ``("leader", name, uid, term, node, instance)``,
             ``("leaderless", name, uid)``, ``("remove", name)``.
         addresses: ``instance -> (endpoint, public key)`` to be known from now on.
+        forgotten: instances that are gone for good.
         upcalls: ``(token, method, args)`` for worker 0 of this node; answered with :meth:`Host.on_upcall_answer`.
         notes: lines for the log: ``(level, text)``.
         exit_fresh: this worker has left its fleet: end, and come back with a new instance.
@@ -139,6 +142,7 @@ class Outputs:
     replies: dict[int, list[Any]] = field(default_factory=dict)
     table: list[tuple[Any, ...]] = field(default_factory=list)
     addresses: dict[int, tuple[str, str]] = field(default_factory=dict)
+    forgotten: list[int] = field(default_factory=list)
     upcalls: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     exit_fresh: bool = False
@@ -281,6 +285,10 @@ class Host:
         if self.fleet_known:
             for group in self.fleet.groups.values():
                 self._maybe_create(group)
+        links = self.shard.links
+        for peer in [peer for peer, link in links.items() if not link.in_use and peer not in self.addresses]:
+            del links[peer]
+            self._introduced.pop(peer, None)
 
     def flush(self) -> None:
         """Before sending: what the shard has to say, and what this host queued."""
@@ -500,11 +508,11 @@ class Host:
         if member is not None:
             if member.lead is not None:
                 if request.op == OP_COMMAND:
-                    request.maybe = True
+                    request.maybe |= ON_ITS_WAY
                     member.propose(request.body, request)
                     return
                 if not request.consistency:
-                    request.maybe = True
+                    request.maybe |= ON_ITS_WAY
                     member.read(request.body, request)
                     return
             if request.consistency and request.op == OP_QUERY and member.applied:
@@ -549,7 +557,7 @@ class Host:
             self._forwards[instance] = [item]
         else:
             queue.append(item)
-        request.maybe = True
+        request.maybe |= ON_ITS_WAY
         if len(self._forwarded) > 4 * OPEN_REQUESTS_MAX:
             self._forwarded = {i: r for i, r in self._forwarded.items() if not r.done}
 
@@ -587,8 +595,10 @@ class Host:
             if request is None or request.done:
                 continue
             if code == NOT_LEADER:
+                request.maybe &= ~ON_ITS_WAY
                 self._on_wrong_guess(request, sender, body)
             elif code == DROPPED:
+                request.maybe |= IN_A_LOG
                 self._parked.setdefault(request.uid, []).append(request)
             elif code == GONE_UID:
                 self._dead_uid_met(request)
@@ -622,8 +632,10 @@ class Host:
                 body = list(body)
             self._finish_request(request, code, body)
         elif code in (NOT_LEADER, DROPPED):
-            if code == NOT_LEADER and request.op == OP_COMMAND and request.attempts == 0:
-                request.maybe = False  # it never entered a log
+            if code == NOT_LEADER:
+                request.maybe &= ~ON_ITS_WAY  # it never entered a log
+            else:
+                request.maybe |= IN_A_LOG
             self._parked.setdefault(request.uid, []).append(request)
         elif code == GONE_UID:
             self._check_name(request)
@@ -855,6 +867,9 @@ class Host:
         for instance, why in self.fleet.gone.items():
             if instance not in self.shard.gone:
                 self.shard.gone[instance] = why
+            if instance in self.addresses:
+                del self.addresses[instance]
+                self._out.forgotten.append(instance)
         self._pinned = {}
         for uid, member in self.shard.members.items():
             if member.lead is not None:

@@ -19,6 +19,12 @@ UNANSWERED = 20
 OUTCOME_UNKNOWN = 30
 
 
+ON_ITS_WAY = 1
+"""It was handed to a member that may lead, and that has not answered."""
+IN_A_LOG = 2
+"""It was in the log of a leader that was deposed: whether it was committed is not known."""
+
+
 class Request:
     """A command or query. ``source``: connection, instance or None; ``answer``: only for the host's own requests."""
 
@@ -61,7 +67,7 @@ class Request:
         self.consistency = consistency
         self.body = body
         self.answer = answer
-        self.maybe = False  # it may have reached a leader's log
+        self.maybe = 0  # bits ON_ITS_WAY, IN_A_LOG: whether it may have reached a leader's log
         self.attempts = 0
         self.done = False
 
