@@ -11,8 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raftfleet import errors
-    from raftfleet.client import aio
+    from raftfleet import aio, errors
     from raftfleet.client.core import Leader
     from raftfleet.client.sync import Fleet, connect
     from raftfleet.core.config import GroupConfig
@@ -30,7 +29,7 @@ _HOMES = {
     "StateMachine": "raftfleet.machine",
     "connect": "raftfleet.client.sync",
 }
-_MODULES = {"aio": "raftfleet.client.aio", "errors": "raftfleet.errors"}
+_MODULES = {"aio": "raftfleet.aio", "errors": "raftfleet.errors"}
 
 
 def __getattr__(name: str) -> Any:
