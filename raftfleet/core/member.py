@@ -1068,7 +1068,10 @@ class Member:
                 continue
             link = self.shard.links[voter]
             if progress.led and not link.mismatch_count:
-                self.shard.want_beat(voter)
+                # One beat after the newest read is enough: asking again in each turn, on a slow link, makes every
+                # answer breed new beats. A lost one is made good by the periodic beat.
+                if link.beat_stamp < newest or link.seq < progress.led_seq:
+                    self.shard.want_beat(voter)
             elif progress.state != SENDING_SNAPSHOT:
                 self._send_probe(voter, progress)
 
