@@ -26,7 +26,8 @@ Rules:
    doubt: the node refuses what is too old to be told apart from a second execution.
 3. A seq is *acknowledged* when its call has ended, so the node keeps no result that nobody waits for. At most
    :data:`WINDOW` seqs from the oldest that is not; the others wait here, in order.
-4. A query, or a control call that changes nothing, leaves no doubt and is tried again freely.
+4. A query, or a control call that changes nothing, leaves no doubt and is tried again freely. A control call that
+   changes something has no session to protect it: it ends with its first doubt.
 5. An answer to an attempt that was given up already is used if the call still runs, and dropped if not.
 """
 
@@ -249,6 +250,11 @@ class Call:
         """Whether this goes to the manager, not to the shard that owns a group's name."""
         return self._kind == ipc.CALL
 
+    @property
+    def _is_repeatable(self) -> bool:
+        """Whether an attempt may follow one that may have been carried out: a control call has no session."""
+        return self._kind != ipc.CALL or not self._leaves_doubt
+
     def attempt(self, request_id: int, uid: int, now_us: int, wall_us: int) -> list[Any]:
         """The request of the next attempt; the state becomes IN_FLIGHT. It counts as sent until told otherwise.
 
@@ -298,7 +304,7 @@ class Call:
     def on_lost(self, now_us: int) -> None:
         """The connection broke after the last attempt was sent, and before its answer."""
         if self.state == IN_FLIGHT:
-            self._fail(self._silence("the connection to the node broke"), now_us, is_retried=True)
+            self._fail(self._silence("the connection to the node broke"), now_us, is_retried=self._is_repeatable)
 
     def on_reply(self, request_id: int, code: int, body: Any, now_us: int) -> None:
         """A reply to one of this call's attempts, be it the last one or not."""
@@ -318,7 +324,7 @@ class Call:
         if code == ipc.GROUP_CHANGED:
             self._on_group_changed(error, now_us)
         elif code == ipc.OUTCOME_UNKNOWN:
-            self._fail(error, now_us, is_retried=self._kind != ipc.CALL or not self._leaves_doubt)
+            self._fail(error, now_us, is_retried=self._is_repeatable)
         else:
             self._fail(error, now_us, is_retried=code in _RETRIED_CODES)
 
@@ -327,7 +333,8 @@ class Call:
         if self.state == PAUSED:
             self._make_ready(now_us)
         elif self.state == IN_FLIGHT:
-            self._fail(self._silence(f"no answer within {self._span_s(now_us):g} s"), now_us, is_retried=True)
+            silence = self._silence(f"no answer within {self._timeout_us / 1e6:g} s")
+            self._fail(silence, now_us, is_retried=self._is_repeatable)
         elif self.state == READY:
             self._attempt_count += 1
             self._fail(errors.NodeNotRunning("the node accepts no request"), now_us, is_retried=True)
@@ -376,9 +383,6 @@ class Call:
 
     def _silence(self, reason: str) -> errors.RaftFleetError:
         return errors.OutcomeUnknown(reason) if self._leaves_doubt else errors.Unanswered(reason)
-
-    def _span_s(self, now_us: int) -> float:
-        return (now_us - self._started_us) / 1e6 if self._total_deadline_us else self._timeout_us / 1e6
 
     def _finish_with_result(self, body: Any) -> None:
         if self._kind != ipc.CALL:
