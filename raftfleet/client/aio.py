@@ -35,7 +35,7 @@ from raftfleet.wire.errors import WireError
 __all__ = ["Fleet", "connect"]
 
 FRAME_BYTES = 1 << 20
-"""Requests are packed into frames of about this size at most; a larger request has a frame of its own."""
+"""A frame takes requests until it has about this size (and then one more); a control call has one of its own."""
 
 
 def connect(run_dir: str | os.PathLike[str] | None = None) -> Fleet:
@@ -422,7 +422,7 @@ class _Link(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         """Write what waits: one frame, unless it would be very large."""
         self._is_flush_scheduled = False
-        if self._is_paused or not self._is_ready or self._is_over:
+        if self._must_wait() or self._is_over:
             return
         assert self._transport is not None
         fleet, in_flight = self._fleet, self._in_flight
@@ -431,23 +431,25 @@ class _Link(asyncio.BufferedProtocol):
         now_us, wall_us = _now_us(), time.time_ns() // 1000
         items: list[list[Any]] = []
         size_bytes = 0
-        for call in outbox:
+        for position, call in enumerate(outbox):
             if call.state != READY:
                 continue  # its deadline passed, or it was cancelled
+            if size_bytes > FRAME_BYTES or (items and call.is_control):
+                self._transport.write(ipc.pack_frame(items))
+                items, size_bytes = [], 0
+            if self._must_wait():  # since that write
+                self._outbox = outbox[position:] + self._outbox
+                return
             slot = None if call.is_control else lookup(call.name)
             request = call.attempt(next(request_ids), slot.uid if slot is not None else 0, now_us, wall_us)
             in_flight[call.request_id] = call
-            if call.is_control:
-                self._transport.write(ipc.pack_frame([request]))
-                continue
-            item_bytes = len(request[-1]) + 64
-            if items and size_bytes + item_bytes > FRAME_BYTES:
-                self._transport.write(ipc.pack_frame(items))
-                items, size_bytes = [], 0
             items.append(request)
-            size_bytes += item_bytes
+            size_bytes += FRAME_BYTES + 1 if call.is_control else len(request[-1]) + 64
         if items:
             self._transport.write(ipc.pack_frame(items))
+
+    def _must_wait(self) -> bool:
+        return self._is_paused or not self._is_ready
 
     def _break_off(self, reason: str) -> None:
         assert self._transport is not None
