@@ -6,7 +6,8 @@ In this order:
 2. a name of its own, for ``ps`` and ``top``;
 3. signals: the supervisor had them blocked, so none was lost or taken for its; dispositions are reset, then unblocked.
    SIGINT and SIGHUP are ignored: a terminal sends them to all processes, and the supervisor stops the node in order;
-4. no standard input: a debugger's prompt must not wait for the terminal of a node;
+4. no standard input: a debugger's prompt must not wait for the terminal of a node; as many descriptors as the system
+   allows: a link takes two, a client one, and the usual soft limit of 1024 is for programs that still use select(2);
 5. randomness of its own; log lines with its own name;
 6. ``gc.freeze()``: what came from the supervisor never dies and need not be walked (nor copied, page by page).
 
@@ -26,6 +27,7 @@ import gc
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -56,6 +58,7 @@ def run_child(context: ChildContext, body: Body) -> int:
         _prctl(PR_SET_NAME, f"rf-{context.title}".encode()[:COMM_BYTES_MAX])
         _reset_signals()
         _drop_stdin()
+        _raise_descriptor_limit()
         random.seed()
         logs.configure(
             level=context.config.log_level,
@@ -121,6 +124,12 @@ def _reset_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.enable()  # a crash in a C library shows where Python was
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _drop_stdin() -> None:
