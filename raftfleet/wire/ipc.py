@@ -79,7 +79,7 @@ UNANSWERED = 20
 OUTCOME_UNKNOWN = 30
 SESSION_EXPIRED = 31
 GROUP_CHANGED = 32
-"""The uid of the request is not (or no more) the uid of the group with that name, and no member was given the request in
+"""The uid of the request is not (or no more) that of the group with this name, and no member was given the request in
 this attempt. A client without earlier attempts in doubt asks the present group; where a member may have taken the
 request before its group was removed, the answer is OUTCOME_UNKNOWN."""
 PUSH = 100
