@@ -63,6 +63,8 @@ class Link:
         "heard_us",
         "led",
         "led_digest",
+        "led_timeout_us_min",
+        "list_done_seq",
         "list_seq",
         "list_sent_us",
         "mismatch_count",
@@ -80,6 +82,7 @@ class Link:
         # Leading side.
         self.led: dict[int, Member] = {}
         self.led_digest = 0
+        self.led_timeout_us_min = 1 << 62
         self.seq = 0
         self.sent: deque[SentBeat] = deque(maxlen=SENT_BEATS_MAX)
         self.beat_stamp = 0  # of the newest beat sent
@@ -97,12 +100,15 @@ class Link:
         self.election_timeout_us_min = 1 << 62
         self.parts: dict[int, list[tuple[int, int]]] = {}
         self.parts_seq = 0
+        self.list_done_seq = 0  # the newest list that was acted on
 
     def lead(self, member: Member) -> int:
         """Count ``member``'s group among those led here; returns the first beat number that speaks for it."""
         assert member.uid not in self.led
         self.led[member.uid] = member
         self.led_digest ^= group_hash(member.uid, member.term)
+        if member.election_timeout_us < self.led_timeout_us_min:
+            self.led_timeout_us_min = member.election_timeout_us
         return self.seq + 1
 
     def unlead(self, member: Member, term: int) -> None:

@@ -104,6 +104,7 @@ CAUGHT_UP_ENTRIES = 16
 """A learner so close behind the commit index (entries are batches) is caught up: under load none is ever level."""
 UNAPPLIED_ENTRIES_MAX = 4096
 """A leader appends no more while so many of its entries are not applied: the queue in front of it fills instead."""
+NEVER_US = -(1 << 62)
 
 
 class ConfigChangeRefused(Exception):
@@ -182,6 +183,7 @@ class Member:
         "lead",
         "leader",
         "life",
+        "life_term",
         "log",
         "machine",
         "memberships",
@@ -209,6 +211,7 @@ class Member:
         self.machine = machine
         self.hook: Any = None
         self.life = life
+        self.life_term = 0  # of the leader that told the life
         self.eager_commit = uid == FLEET_UID
         self.election_timeout_us = int(config.election_timeout_s * 1_000_000)
         self.role = FOLLOWER
@@ -220,7 +223,7 @@ class Member:
         self.applied = 0
         self.last_time_us = 0  # of the newest entry applied or appended here as leader
         self.memberships: list[tuple[int, Membership]] = [(0, membership)]
-        self.heard_us = 0  # when the leader was last heard about this very group
+        self.heard_us = NEVER_US  # when a leader was last heard about this very group; outlives following it
         self.timer_us = 0
         self.votes: dict[int, bool] = {}
         self.lead: Leading | None = None
@@ -274,16 +277,21 @@ class Member:
         return self.memberships[0]
 
     def hears_leader(self) -> bool:
-        """Whether the leader was heard within the election timeout: then no vote is given (DESIGN 5.8, 5.10)."""
-        if self.lead is not None:
-            return True
-        if not self.leader:
-            return False
+        """Whether a leader was heard within the election timeout: then no vote is given (DESIGN 5.8, 5.10).
+
+        True even where that leader is not followed any more (a higher term was learned, its list lacked this group):
+        it may hold a lease that rests on the answer it was given, and nothing but its own word (StepDown, a transfer)
+        takes that promise back.
+        """
+        return self.lead is not None or self.shard.now_us - self._heard_leader_us() < self.election_timeout_us
+
+    def _heard_leader_us(self) -> int:
         heard_us = self.heard_us
-        link = self.shard.links.get(self.leader)
-        if link is not None and link.heard_us > heard_us and self.uid in link.followed:
-            heard_us = link.heard_us
-        return self.shard.now_us - heard_us < self.election_timeout_us
+        if self.leader:
+            link = self.shard.links.get(self.leader)
+            if link is not None and link.heard_us > heard_us and self.uid in link.followed:
+                heard_us = link.heard_us
+        return heard_us
 
     # ------------------------------------------------------------------ term, role
 
@@ -291,8 +299,14 @@ class Member:
         """Be a follower in ``term`` of ``leader`` (0: unknown)."""
         shard = self.shard
         if self.lead is not None:
+            if term != self.term:
+                # Deposed: whoever still follows must not wait for the link to fall silent, for it does not.
+                self._say_step_down(self.lead)
             self._stop_leading()
+        if term != self.term or leader != self.leader:
+            self.incoming = None  # another leader's snapshot of the same index may differ in its bytes
         if self.leader and (term != self.term or leader != self.leader):
+            self.heard_us = self._heard_leader_us()
             link = shard.links.get(self.leader)
             if link is not None:
                 link.unfollow(self)
@@ -309,6 +323,11 @@ class Member:
         self.votes = {}
         self.recovery = None
         if leader:
+            if not self.vote:
+                # The term has its leader. A member that lost its memory of this term (removed, added again) must not
+                # give a second vote in it.
+                self.vote = leader
+                shard.save_vote(self)
             link = shard.link(leader)
             if self.uid not in link.followed:
                 link.follow(self)
@@ -338,6 +357,7 @@ class Member:
     def leader_gone(self) -> None:
         """The leader says that it leads no more: its promise to us and ours to it are void."""
         self._follow(self.term, 0)
+        self.heard_us = NEVER_US
         self._wait_to_campaign(0)
 
     def not_on_leaders_list(self) -> None:
@@ -350,13 +370,15 @@ class Member:
         self.timer_us = 0
         if self.lead is not None:
             return
+        if self.hears_leader():
+            if not self.leader:
+                self._wait_to_campaign(self.heard_us + self.election_timeout_us - self.shard.now_us)
+            return
         if self.leader:
-            if self.hears_leader():
-                return
             self._follow(self.term, 0)
-        if self.is_learner:
-            if self.incoming is None:
-                self._try_recovery()
+        if not self.may_campaign:
+            if self.incoming is None and not self._try_recovery():
+                self._ask_whether_removed()
             self._wait_to_campaign()
             return
         if self._try_recovery():
@@ -364,10 +386,29 @@ class Member:
             return
         self.campaign(pre=True)
 
+    @property
+    def may_campaign(self) -> bool:
+        """Whether this member is a voter, or was one before a removal that is not committed.
+
+        The latter may hold the longest log of all: without its candidature a group whose leader was removing itself
+        when it fell could have no leader ever again (thesis 4.2.2).
+        """
+        return self.id in self.membership.voters or self.id in self.committed_membership()[1].voters
+
+    def _ask_whether_removed(self) -> None:
+        """A learner that hears no leader asks the voters that it knows: a pre-vote, which changes nothing there.
+
+        Whoever knows that it was removed says Gone; the one sent at its removal may have been lost.
+        """
+        message = Vote(VOTE, self.uid, self.term + 1, True, self.log.last_index, self.log.last_term, False)
+        for peer in self.membership.voters:
+            if peer != self.id:
+                self.shard.send_saved(peer, message)
+
     def campaign(self, *, pre: bool, transfer: bool = False) -> None:
         """Ask for votes: first whether they would be given (thesis 9.6), then in earnest."""
         membership = self.membership
-        if self.id not in membership.voters:
+        if not self.may_campaign:
             return
         if self.leader:
             self._follow(self.term, 0)
@@ -380,7 +421,7 @@ class Member:
             self.shard.save_vote(self)
         self.votes = {self.id: True}
         self._wait_to_campaign(self.election_timeout_us // 2)
-        if membership.quorum == 1:
+        if membership.voters == (self.id,):
             self._count_votes()
             return
         term = self.term + 1 if pre else self.term
@@ -451,12 +492,15 @@ class Member:
         lead = self.lead
         if lead is None:
             return
-        for peer in lead.progress:
-            self.shard.send(peer, StepDown(STEP_DOWN, self.uid, self.term))
+        self._say_step_down(lead)
         self._stop_leading()
         self._follow(self.term, 0)
         # Whoever steps down lets others try first.
         self._wait_to_campaign()
+
+    def _say_step_down(self, lead: Leading) -> None:
+        for peer in lead.progress:
+            self.shard.send(peer, StepDown(STEP_DOWN, self.uid, self.term))
 
     # ------------------------------------------------------------------ leader: log and replication
 
@@ -471,8 +515,9 @@ class Member:
     def _take_membership(self, index: int, data: bytes) -> None:
         self.memberships.append((index, Membership.unpack(data, index)))
         if len(self.memberships) > 8:
-            committed_index = self.committed_membership()[0]
-            self.memberships = [row for row in self.memberships if row[0] >= committed_index]
+            # The one in force at ``applied`` goes into the next snapshot: committed is not enough to forget it.
+            needed = max((row[0] for row in self.memberships if row[0] <= self.applied), default=0)
+            self.memberships = [row for row in self.memberships if row[0] >= needed]
 
     def _sync_progress(self) -> None:
         """Bring the table of peers in line with the newest membership."""
@@ -509,6 +554,8 @@ class Member:
         last_index = self.log.last_index
         if self.membership.quorum == 1:
             self._advance_commit()
+        if self.lead is not lead:
+            return
         for peer, progress in lead.progress.items():
             if progress.next <= last_index or (self.eager_commit and progress.told_commit < self.commit):
                 self._send_appends(peer, progress)
@@ -600,10 +647,8 @@ class Member:
             answer = AppendAnswer(APPEND_ANSWER, self.uid, self.term, False, m.prev_index, 0, 0, m.stamp, m.life)
             shard.send_saved(sender, answer)
             return
-        if m.life != self.life:
-            if m.life < self.life:
-                return
-            self.life = m.life  # removed and added again while the memory was kept: a new life with all of it
+        if not self._is_present_life(m.life, m.term):
+            return
         if self.lead is not None and m.term == self.term:
             shard.violation(self, f"two leaders in term {m.term}: {sender} and {self.id}")
             return
@@ -636,6 +681,18 @@ class Member:
         commit = min(m.commit, end)
         if commit > self.commit:
             self._set_commit(commit)
+
+    def _is_present_life(self, life: int, term: int) -> bool:
+        """Whether a leader of ``term`` speaks to this life of this member; a new life keeps all of the memory.
+
+        Within a term lives only grow. A leader of a higher term is always right: its log may lack the uncommitted
+        entry from which a higher number came, and add this instance again at a lower index.
+        """
+        if life < self.life and term <= self.life_term:
+            return False
+        self.life = life
+        self.life_term = term
+        return True
 
     def _answer_append(
         self, sender: int, m: Append, accepted: bool, index: int, hint_index: int, hint_term: int
@@ -782,7 +839,14 @@ class Member:
         lead.removed = []
         self.shard.event("config", self.uid, membership.voters, membership.learners)
         if self.id not in membership.voters:
+            self.shard.leave_later(self)
+
+    def leave(self) -> None:
+        """The configuration that ends this member's leadership is committed and applied (thesis 4.2.2)."""
+        if self.lead is not None and self.id not in self.voters:
             self.step_down()
+        if self.id not in self.committed_membership()[1] and self.id not in self.membership:
+            self.shard.drop_member(self)
 
     # ------------------------------------------------------------------ votes
 
@@ -790,11 +854,12 @@ class Member:
         """RequestVote and pre-vote, receiver's side (paper 5.4.1; thesis 4.2.3, 9.6)."""
         log = self.log
         up_to_date = (m.last_term, m.last_index) >= (log.last_term, log.last_index)
-        index, committed = self.committed_membership()
-        if sender not in committed and sender not in self.membership:
-            # Removed, or added by an entry that has not come here yet: Gone tells its index, and the sender knows
-            # which. A new voter's log is ahead of ours, and it must be able to win.
-            self.shard.send(sender, Gone(GONE, self.uid, self.term, index))
+        if sender not in self.committed_membership()[1] and sender not in self.membership:
+            # Removed, or added by an entry that has not come here yet: Gone tells how far we know, and the sender
+            # knows which. (The commit index, not the configuration's: up to there the sender is no member, also if it
+            # counts its life from an entry that was never committed.) A new voter's log is ahead of ours, and it must
+            # be able to win.
+            self.shard.send(sender, Gone(GONE, self.uid, self.term, self.commit))
             if not up_to_date:
                 return
         if (not m.transfer or m.pre) and self.hears_leader():
@@ -1275,10 +1340,8 @@ class Member:
                 sender, AppendAnswer(APPEND_ANSWER, self.uid, self.term, False, m.index, 0, 0, m.stamp, m.life)
             )
             return
-        if m.life != self.life:
-            if m.life < self.life:
-                return
-            self.life = m.life
+        if not self._is_present_life(m.life, m.term):
+            return
         if self.lead is not None and m.term == self.term:
             self.shard.violation(self, f"two leaders in term {m.term}: {sender} and {self.id}")
             return

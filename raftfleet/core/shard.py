@@ -103,7 +103,7 @@ class Shard:
         self.links: dict[int, Link] = {}
         self.active: dict[int, Member] = {}
         self.reading: dict[int, Member] = {}
-        self.tombstones: dict[int, tuple[int, int, int]] = {}
+        self.tombstones: dict[int, tuple[int, int, int, int]] = {}  # uid -> term, vote, life, term that told the life
         self.gone: dict[int, str] = {}  # instance -> why: "operator" or anything else that proves it
         self.violations: list[str] = []
         self.may_create: Callable[[int], tuple[str, GroupConfig, Any, Any] | None] = lambda uid: None
@@ -125,6 +125,7 @@ class Shard:
         self._started_us = -1
         self._held_votes: dict[tuple[int, int], tuple[int, Any]] = {}
         self._established: list[Member] = []
+        self._leaving: list[Member] = []
         self._user_depth = 0
         self._handlers: dict[int, Callable[[Member, int, Any], None]] = {
             APPEND: Member.on_append,
@@ -230,6 +231,12 @@ class Shard:
                     member.apply_committed()
                     if member.lead is not None and member.lead.reads:
                         self.reading[member.uid] = member
+        if self._leaving:
+            leaving = self._leaving
+            self._leaving = []
+            for member in leaving:
+                if self.members.get(member.uid) is member:
+                    member.leave()
         if self._established:
             established = self._established
             self._established = []
@@ -316,7 +323,7 @@ class Shard:
         self.members[uid] = member
         buried = self.tombstones.pop(uid, None)
         if buried is not None:
-            member.term, member.vote, _ = buried
+            member.term, member.vote = buried[:2]
         if voters is not None:
             member._wait_to_campaign()
             if campaign:
@@ -338,7 +345,7 @@ class Shard:
     def drop_member(self, member: Member) -> None:
         """This member was removed from a group that lives on. Its term and vote stay known: it may be added again."""
         self._forget(member, NOT_LEADER)
-        self.tombstones[member.uid] = (member.term, member.vote, member.life)
+        self.tombstones[member.uid] = (member.term, member.vote, member.life, member.life_term)
         self.event("member_gone", member.uid)
 
     def _forget(self, member: Member, code: int) -> None:
@@ -373,7 +380,7 @@ class Shard:
             return None
         life = message.life
         buried = self.tombstones.get(uid)
-        if buried is not None and life <= buried[2]:
+        if buried is not None and life <= buried[2] and message.term <= buried[3]:
             # What this instance once knew as that member is forgotten: it may not answer in that life's name.
             return None
         if life == 0:
@@ -449,6 +456,10 @@ class Shard:
             member = self.members[event[1]]
             if member.hook is not None:
                 self._established.append(member)
+
+    def leave_later(self, member: Member) -> None:
+        """A leader that is no voter any more leaves when it has applied, and answered, what is committed."""
+        self._leaving.append(member)
 
     def offer_lease_answer(
         self, member: Member, until_us: int, token: object, arg: bytes, code: int, body: Any
@@ -563,9 +574,7 @@ class Shard:
         """A link whose peer has not confirmed for long: do its groups still have a quorum?"""
         if not link.led:
             return
-        first = next(iter(link.led.values()))
-        timeout_us = first.election_timeout_us
-        if now_us - max(link.ok_stamp, link.checked_us) > timeout_us:
+        if now_us - max(link.ok_stamp, link.checked_us) > link.led_timeout_us_min:
             link.checked_us = now_us
             for member in list(link.led.values()):
                 member.check_quorum()
@@ -603,6 +612,8 @@ class Shard:
             self.send(link.peer, LinkList(LINK_LIST, link.seq, self.stamp, part, parts, rows))
 
     def _on_link_list(self, link: Link, m: LinkList) -> None:
+        if m.seq <= link.list_done_seq:
+            return  # a list that came twice tells of the past
         if m.seq != link.parts_seq:
             if m.seq < link.parts_seq:
                 return
@@ -611,6 +622,7 @@ class Shard:
         link.parts[m.part] = m.groups
         if len(link.parts) < m.parts:
             return
+        link.list_done_seq = m.seq
         listed: dict[int, int] = {}
         for rows in link.parts.values():
             listed.update(rows)
