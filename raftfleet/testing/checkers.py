@@ -109,7 +109,7 @@ class ClusterChecker:
         mirror.term = term
         self._check_log(instance, uid, member.log, mirror, table)
         if commit > mirror.commit:
-            self._check_commit(instance, uid, member, mirror.commit + 1, table)
+            self._check_commit(instance, uid, member, mirror, table)
             mirror.commit = commit
         if member.role == LEADER:
             self._check_leader(instance, uid, member, table)
@@ -141,11 +141,16 @@ class ClusterChecker:
             terms.pop(gone, None)
         mirror.last_index, mirror.last_term = last_index, last_term
 
-    def _check_commit(self, instance: int, uid: int, member: Any, first: int, table: _GroupTable) -> None:
+    def _check_commit(self, instance: int, uid: int, member: Any, mirror: _Mirror, table: _GroupTable) -> None:
         """State machine safety: one entry per committed index, whoever commits it."""
         log, committed = member.log, table.committed
-        for index in range(max(first, log.first_index), member.commit + 1):
-            entry = log.entry(index)
+        for index in range(mirror.commit + 1, member.commit + 1):
+            if index >= log.first_index:
+                entry = log.entry(index)
+            elif member.role == LEADER and index in mirror.terms:
+                entry = table.seen[(index, mirror.terms[index])][1]  # committed and compacted in one step
+            else:
+                continue
             if index <= len(committed):
                 known = committed[index - 1]
                 if known is None:
@@ -166,7 +171,7 @@ class ClusterChecker:
         """Quorums of neighbouring configurations overlap: one voter comes or goes at a time."""
         membership = Membership.unpack(entry.data, index)
         self.config_count += 1
-        if table.configs and membership.audit is None:
+        if table.configs and membership.audit is None and None not in table.committed[table.configs[-1][0] :]:
             before = table.configs[-1][1]
             changed = set(before.voters) ^ set(membership.voters)
             if len(changed) > 1:

@@ -94,7 +94,7 @@ class SimClient:
         self._simulation = simulation
         self._rng = rng
         self.client_id = rng.getrandbits(128).to_bytes(16, "big")
-        self.think_us_max = 1_500_000
+        self.think_us_max = rng.choice((200_000, 800_000, 3_000_000))
         self._next_seq: dict[int, int] = {}
         self._unanswered: dict[int, dict[int, None]] = {}
         self._place_of: dict[int, int] = {}

@@ -54,7 +54,7 @@ class SimulationOptions:
         election_timeout_s: of every group.
     """
 
-    fault_us: int = 80 * SECOND_US
+    fault_us: int = 120 * SECOND_US
     beat_interval_us: int = 200 * MILLISECOND_US
     election_timeout_s: float = 1.0
     crash_rate: float = 0.06
@@ -66,6 +66,7 @@ class SimulationOptions:
     drift: float = 0.09
     drift_margin: float = 0.1
     linearizability_steps_max: int = 100_000
+    steps_max: int = 100_000
 
 
 @dataclass
@@ -114,6 +115,7 @@ class Simulation:
         self.client_timeout_us = rng.choice((400, 800, 1600)) * MILLISECOND_US
         self.shards: list[SimShard | None] = [None] * self.place_count
         self.groups: dict[int, Group] = {}
+        self._all_groups: dict[int, Group] = {}  # those that were removed too
         self.group_uids: list[int] = []
         self.clients: list[SimClient] = []
         self._lives = [0] * self.place_count
@@ -175,7 +177,7 @@ class Simulation:
             self._start_shard(place)
         for _ in range(rng.choice((1, 2, 3))):
             self._add_group()
-        for _ in range(rng.choice((1, 2, 3))):
+        for _ in range(rng.choice((2, 3, 5))):
             client = SimClient(self, random.Random(rng.getrandbits(64)))
             self.clients.append(client)
             client.start()
@@ -253,7 +255,7 @@ class Simulation:
 
     def places_of(self, uid: int) -> list[int]:
         """Where members of a group ought to be."""
-        return self.groups[uid].places
+        return self._all_groups[uid].places
 
     def shard_sent(self, shard: SimShard, to_instance: int, messages: list[Any]) -> None:
         """A shard's frame goes into the network."""
@@ -272,6 +274,8 @@ class Simulation:
     def shard_stepped(self, shard: SimShard) -> None:
         """Check everything that this step can have touched."""
         self._step_count += 1
+        if self._step_count > self.options.steps_max:
+            raise Violation(f"more than {self.options.steps_max} steps: messages breed messages")
         core = shard.core
         core.check_invariants()
         self.cluster.check_members(shard.instance, core.members)
@@ -344,7 +348,7 @@ class Simulation:
         )
         rng.shuffle(places)
         group = Group(uid, f"group-{uid}", config, places[:replicas])
-        self.groups[uid] = group
+        self.groups[uid] = self._all_groups[uid] = group
         self.history.record(uid)
         self.tell(f"group {uid} is added at places {group.places}")
         voters = []
@@ -398,6 +402,7 @@ class Simulation:
         uid = group.uid
         member = leader.core.members[uid]
         voters, learners = tuple(member.voters), tuple(member.learners)
+        self._sweep(group, (*voters, *learners))
         wanted = []
         for place in group.places:
             shard = self.shards[place]
@@ -426,6 +431,14 @@ class Simulation:
                 self._change(leader, uid, "transfer", wanted[int(self.rng.random() * len(wanted))])
             else:
                 self._change(leader, uid, "remove_member", instance)
+
+    def _sweep(self, group: Group, members: tuple[int, ...]) -> None:
+        """Take away what was started for a leader that then never added it: it has no voters to ask."""
+        for shard in self.live_shards():
+            member = shard.core.members.get(group.uid)
+            if member is not None and not member.voters and shard.instance not in members:
+                if shard.place not in group.places:
+                    shard.work(lambda core: core.remove_group(group.uid))
 
     def _change(self, leader: SimShard, uid: int, what: str, instance: int) -> None:
         def change(core: Shard) -> None:
