@@ -68,6 +68,7 @@ from raftfleet.fleet.requests import (
     IN_A_LOG,
     NO_LEADER,
     ON_ITS_WAY,
+    OUTCOME_UNKNOWN,
     Request,
 )
 
@@ -489,9 +490,7 @@ class Host:
             uid = group.uid
             if request.uid != uid:
                 if request.uid:
-                    self._finish_request(
-                        request, GROUP_CHANGED, f"group {name} was removed and added again since the first attempt"
-                    )
+                    self._group_changed(request)
                     return
                 request.uid = uid
             if request.op == OP_COMMAND and len(request.body) > COMMAND_HEADER_BYTES_MAX:
@@ -601,6 +600,7 @@ class Host:
                 request.maybe |= IN_A_LOG
                 self._parked.setdefault(request.uid, []).append(request)
             elif code == GONE_UID:
+                request.maybe &= ~ON_ITS_WAY
                 self._dead_uid_met(request)
             else:
                 self._finish_request(request, code, body)
@@ -638,6 +638,7 @@ class Host:
                 request.maybe |= IN_A_LOG
             self._parked.setdefault(request.uid, []).append(request)
         elif code == GONE_UID:
+            request.maybe &= ~ON_ITS_WAY  # it waited in front of the log
             self._check_name(request)
         else:
             self._finish_request(request, code, body)
@@ -647,8 +648,8 @@ class Host:
     def _check_name(self, request: Request) -> None:
         """This node has not heard of the group: maybe the fleet has."""
         if request.uid and self._is_dead(request.uid):
-            if request.maybe and request.op == OP_COMMAND:
-                self._finish_request(request, GROUP_CHANGED, f"group {request.name} was removed meanwhile")
+            if request.given_uid or (request.maybe and request.op == OP_COMMAND):
+                self._group_changed(request)
                 return
             request.uid = 0
         waiting = self._checking.get(request.name)
@@ -658,6 +659,15 @@ class Host:
         self._checking[request.name] = [request]
         name = request.name
         self.ask_fleet(["group", name], lambda code, body: self._name_checked(name, code, body))
+
+    def _group_changed(self, request: Request) -> None:
+        """The group that was meant is no more. Never done on to its successor of the same name by this node."""
+        if request.maybe and request.op == OP_COMMAND:
+            self._finish_request(
+                request, OUTCOME_UNKNOWN, f"group {request.name} was removed while this command was under way"
+            )
+        else:
+            self._finish_request(request, GROUP_CHANGED, f"group {request.name} is not the one that it was")
 
     def _name_checked(self, name: str, code: int, body: Any) -> None:
         requests = self._checking.pop(name, [])

@@ -35,6 +35,7 @@ class Request:
         "consistency",
         "deadline_us",
         "done",
+        "given_uid",
         "maybe",
         "name",
         "op",
@@ -63,6 +64,7 @@ class Request:
         self.op = op
         self.name = name
         self.uid = uid
+        self.given_uid = uid  # as the client knew it at its first attempt; 0: it did not
         self.deadline_us = deadline_us
         self.consistency = consistency
         self.body = body
