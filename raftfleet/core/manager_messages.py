@@ -73,7 +73,7 @@ class Ping(NamedTuple):
 
 
 class Pong(NamedTuple):
-    """``memory``: none or one. ``removed``: those of the pinger's instances that the answerer's fleet knows to be gone."""
+    """``memory``: none or one. ``removed``: instances of the pinger that the answerer's fleet knows to be gone."""
 
     kind: int
     seq: int

@@ -16,11 +16,14 @@ Rules:
 Commands are lists, first item a str::
 
     ["found", fleet_id: bin16, [node fields, ...]]       first command of a fleet's life: its id and its first nodes
-    ["join", node fields]                                fields: name, zone, host, port, public_key, instances
+    ["join", node fields]                                name, zone, host, port, public_key, instances[, replaces]
     ["deactivate", node] ["leave", node]                 leave: only of a node that is being deactivated
     ["remove_node", node, reason, [instance, ...]]       reason: "operator" or "purged"; instances: as the asker knows
-    ["instances", node, [instance, ...]]                 shards came back with new instances
+    ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
+
+``replaces`` and ``old`` are the node's instances as the asker knew them ([]: none): if they are others by now, the
+command is refused. Without this, a delayed command of a node's former life would declare its present one gone.
 
 Queries: ``["nodes"]``, ``["groups"]``, ``["group", name]``, ``["state"]``.
 """
@@ -28,7 +31,6 @@ Queries: ``["nodes"]``, ``["groups"]``, ``["group", name]``, ``["state"]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -36,6 +38,7 @@ import msgpack
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name, hash64, shard_of
 from raftfleet.fleet.placement import PlacementRow, explain, node_hash, pair_hash
+from raftfleet.machine import StateMachine
 
 GROUP_NOT_FOUND = 12
 ALREADY_ADDED = 14
@@ -296,6 +299,8 @@ class FleetState:
     def _join(self, epoch: int, fields: object) -> dict[str, Any]:
         node = _parse_node(fields)
         self._check_instances(node.name, node.instances)
+        assert isinstance(fields, Mapping)
+        self._check_replaced(node, fields.get("replaces"))
         for other in self.nodes.values():
             if other.name != node.name and (other.host, other.port) == (node.host, node.port):
                 raise FleetRefused(
@@ -356,12 +361,15 @@ class FleetState:
         self._drop_node(node, str(reason))
         return {"removed": True}
 
-    def _instances(self, epoch: int, name: object, instances: object) -> dict[str, Any]:
+    def _instances(self, epoch: int, name: object, instances: object, old: object) -> dict[str, Any]:
         node = self._known_node(name)
         given = _parse_instances(instances)
         self._check_instances(node.name, given)
         if given == node.instances:
             return {}
+        self._check_replaced(
+            Node(node.name, node.zone, node.host, node.port, node.public_key, given), _parse_instances(old)
+        )
         self._declare_gone((i for i in node.instances if i not in given), "restarted")
         self._put_node(Node(node.name, node.zone, node.host, node.port, node.public_key, given, node.active))
         return {}
@@ -427,6 +435,14 @@ class FleetState:
             home = self._homes.get(instance)
             if home is not None and home[0] != name:
                 raise FleetRefused(REFUSED, f"instance {instance} belongs to node {home[0]}")
+
+    def _check_replaced(self, node: Node, replaces: object) -> None:
+        """Refuse if the node has other instances by now than the asker knew, and than it wants."""
+        old = self.nodes.get(node.name)
+        if replaces is None or (old is not None and old.instances == node.instances):
+            return
+        if not isinstance(replaces, (list, tuple)) or tuple(replaces) != (old.instances if old is not None else ()):
+            raise FleetRefused(REFUSED, f"the instances of node {node.name} have changed meanwhile: look again")
 
     def _put_node(self, node: Node) -> None:
         old = self.nodes.get(node.name)
@@ -495,21 +511,18 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "deactivate": (FleetState._deactivate, 1),
     "leave": (FleetState._leave, 1),
     "remove_node": (FleetState._remove_node, 3),
-    "instances": (FleetState._instances, 2),
+    "instances": (FleetState._instances, 3),
     "add_group": (FleetState._add_group, 3),
     "remove_group": (FleetState._remove_group, 1),
     "change_config": (FleetState._change_config, 2),
 }
 
 
-class FleetMachine:
-    """The fleet group's state machine (the duck type of :class:`raftfleet.StateMachine`; fleet imports core only).
+class FleetMachine(StateMachine):
+    """The fleet group's state machine.
 
     The state is one :class:`FleetState`, changed in place: a refusal changes nothing, so there is nothing to undo.
     """
-
-    def __init__(self) -> None:
-        self.context: Any = SimpleNamespace(epoch=0)
 
     def new(self) -> FleetState:
         """A fleet that is not founded yet: its first command is ``["found", ...]``."""

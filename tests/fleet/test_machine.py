@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raftfleet.core.context import CommandContext
 from raftfleet.fleet import machine as fleet_machine
 from raftfleet.fleet.machine import FleetMachine, FleetRefused, FleetState
 
@@ -100,19 +101,30 @@ def test_a_node_leaves_only_after_it_was_deactivated(state: FleetState) -> None:
 def test_a_gone_instance_never_comes_back(state: FleetState) -> None:
     state.apply(["remove_node", "a", "operator", [1, 2]], 0)
     assert "gone (operator)" in refused(state, ["join", node("a", [1, 2])]).message
-    assert "gone (operator)" in refused(state, ["instances", "b", [3, 2]]).message
+    assert "gone (operator)" in refused(state, ["instances", "b", [3, 2], [3, 4]]).message
     state.apply(["join", node("a", [11, 12])], 0)
     assert state.instance_home(12) == ("a", 1)
 
 
 def test_a_restarted_shard_replaces_its_old_instance(state: FleetState) -> None:
     version = state.node_version
-    state.apply(["instances", "a", [1, 22]], 0)
+    state.apply(["instances", "a", [1, 22], [1, 2]], 0)
     assert state.gone == {2: "restarted"} and state.instance_home(22) == ("a", 1) and state.node_version > version
     version = state.node_version
-    state.apply(["instances", "a", [1, 22]], 0)
+    state.apply(["instances", "a", [1, 22], [1, 2]], 0)
     assert state.node_version == version
-    assert "belongs to node b" in refused(state, ["instances", "a", [1, 3]]).message
+    assert "belongs to node b" in refused(state, ["instances", "a", [1, 3], [1, 22]]).message
+
+
+def test_a_delayed_command_of_a_former_life_is_refused(state: FleetState) -> None:
+    state.apply(["instances", "a", [1, 33], [1, 2]], 0)
+    assert "changed meanwhile" in refused(state, ["instances", "a", [1, 22], [1, 2]]).message
+    state.apply(["join", node("d", [50]) | {"replaces": []}], 0)
+    state.apply(["join", node("d", [50]) | {"replaces": []}], 0)
+    assert "changed meanwhile" in refused(state, ["join", node("d", [49]) | {"replaces": []}]).message
+    assert "changed meanwhile" in refused(state, ["join", node("e", [51]) | {"replaces": [7]}]).message
+    state.apply(["join", node("d", [51]) | {"replaces": [50]}], 0)
+    assert state.instance_home(51) == ("d", 0)
 
 
 def test_a_node_that_returns_at_its_address_replaces_its_former_self(state: FleetState) -> None:
@@ -138,7 +150,7 @@ def test_remove_node_spares_a_node_that_has_come_back(state: FleetState) -> None
 def test_gone_is_bounded_and_forgets_the_oldest_first(state: FleetState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_machine, "GONE_COUNT_MAX", 4)
     for i in range(10):
-        state.apply(["instances", "a", [100 + i, 200 + i]], 0)
+        state.apply(["instances", "a", [100 + i, 200 + i], list(state.nodes["a"].instances)], 0)
     assert list(state.gone) == [107, 207, 108, 208]
 
 
@@ -170,7 +182,8 @@ def test_gone_is_bounded_and_forgets_the_oldest_first(state: FleetState, monkeyp
         ["leave", "nobody"],
         ["remove_node", "a", "mood", [1, 2]],
         ["remove_node", 1, "operator", [1, 2]],
-        ["instances", "a", "12"],
+        ["instances", "a", "12", [1, 2]],
+        ["instances", "a", [11, 12], None],
         ["add_group", "$fleet", 3, CONFIG],
         ["add_group", "", 3, CONFIG],
         ["add_group", "g", 0, CONFIG],
@@ -202,7 +215,7 @@ def random_command(rng: random.Random) -> list[Any]:
     if kind == 4:
         return ["remove_node", name, "operator", instances]
     if kind == 5:
-        return ["instances", name, instances]
+        return ["instances", name, instances, rng.sample(range(1, 40), 2)]
     if kind == 6:
         return ["remove_group", rng.choice("ghij")]
     if kind == 7:
@@ -225,13 +238,14 @@ def check_consistent(state: FleetState) -> None:
 def test_refusals_change_nothing_and_a_loaded_dump_goes_on_the_same(seed: int) -> None:
     rng = random.Random(seed)
     machine = FleetMachine()
+    machine.context = CommandContext()
     state = machine.new()
     machine.command(state, ["found", FLEET, [node("a", [1, 2]), node("b", [3, 4])]])
     twin = machine.load(machine.dump(state))
     for step in range(60):
         command = random_command(rng)
         before, version = machine.dump(state), state.node_version
-        machine.context.epoch = step // 20
+        machine.context.term = (step // 20) << 32
         try:
             result, state = machine.command(state, command)
         except FleetRefused as error:
