@@ -412,6 +412,7 @@ class Member:
             return
         if self.leader:
             self._follow(self.term, 0)
+        asked_before = self.role != FOLLOWER
         if pre:
             self.role = PRE_CANDIDATE
         else:
@@ -426,7 +427,9 @@ class Member:
             return
         term = self.term + 1 if pre else self.term
         message = Vote(VOTE, self.uid, term, pre, self.log.last_index, self.log.last_term, transfer)
-        for peer in membership.voters:
+        # Asked in vain before: ask learners too. They may be the only ones left that know of this member's removal.
+        in_vain = pre and asked_before
+        for peer in membership.lives if in_vain else membership.voters:
             if peer != self.id:
                 # A vote request of a candidate speaks for its own, already saved, vote: it leaves after that is saved.
                 self.shard.send_saved(peer, message)

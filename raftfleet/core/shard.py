@@ -27,7 +27,7 @@ import contextlib
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.links import LIST_PART_GROUPS, MISMATCHES_BEFORE_LIST, Link, SentBeat
@@ -80,6 +80,20 @@ class ShardSettings:
     vote_silence_us: int = 0
 
 
+class Tombstone(NamedTuple):
+    """What stays known of a member that was removed from a group that lives on: it may be added again.
+
+    ``members``: the configuration at ``commit``, as far as it was known here.
+    """
+
+    term: int
+    vote: int
+    life: int
+    life_term: int
+    commit: int
+    members: frozenset[int]
+
+
 @dataclass
 class Effects:
     """What one loop gave: messages by receiver, answers ``(token, code, body)``, events (tuples, first the kind)."""
@@ -103,7 +117,7 @@ class Shard:
         self.links: dict[int, Link] = {}
         self.active: dict[int, Member] = {}
         self.reading: dict[int, Member] = {}
-        self.tombstones: dict[int, tuple[int, int, int, int]] = {}  # uid -> term, vote, life, term that told the life
+        self.tombstones: dict[int, Tombstone] = {}
         self.gone: dict[int, str] = {}  # instance -> why: "operator" or anything else that proves it
         self.violations: list[str] = []
         self.may_create: Callable[[int], tuple[str, GroupConfig, Any, Any] | None] = lambda uid: None
@@ -323,7 +337,7 @@ class Shard:
         self.members[uid] = member
         buried = self.tombstones.pop(uid, None)
         if buried is not None:
-            member.term, member.vote = buried[:2]
+            member.term, member.vote = buried.term, buried.vote
         if voters is not None:
             member._wait_to_campaign()
             if campaign:
@@ -345,7 +359,14 @@ class Shard:
     def drop_member(self, member: Member) -> None:
         """This member was removed from a group that lives on. Its term and vote stay known: it may be added again."""
         self._forget(member, NOT_LEADER)
-        self.tombstones[member.uid] = (member.term, member.vote, member.life, member.life_term)
+        self.tombstones[member.uid] = Tombstone(
+            member.term,
+            member.vote,
+            member.life,
+            member.life_term,
+            member.commit,
+            frozenset(member.committed_membership()[1].lives),
+        )
         self.event("member_gone", member.uid)
 
     def _forget(self, member: Member, code: int) -> None:
@@ -371,7 +392,12 @@ class Shard:
             if kind in (APPEND, SNAPSHOT, VOTE):
                 self.send(sender, Gone(GONE, uid, message[2], -1))
             return None
+        buried = self.tombstones.get(uid)
         if kind == VOTE:
+            if buried is not None and self.instance not in buried.members and sender not in buried.members:
+                # It was removed before this member was, and those who remain may be unknown to it.
+                self.send(sender, Gone(GONE, uid, buried.term, buried.commit))
+                return None
             if len(self._held_votes) >= HELD_VOTES_MAX:
                 self._held_votes.pop(next(iter(self._held_votes)))
             self._held_votes[uid, sender] = (self.now_us + HELD_VOTE_US, message)
@@ -379,8 +405,7 @@ class Shard:
         if kind not in (APPEND, SNAPSHOT):
             return None
         life = message.life
-        buried = self.tombstones.get(uid)
-        if buried is not None and life <= buried[2] and message.term <= buried[3]:
+        if buried is not None and life <= buried.life and message.term <= buried.life_term:
             # What this instance once knew as that member is forgotten: it may not answer in that life's name.
             return None
         if life == 0:
