@@ -149,8 +149,7 @@ class Worker:
             return True
         if not self.stopping_us:
             return False
-        leads = any(member.lead is not None for member in self.host.shard.members.values())
-        return not leads or monotonic_us() - self.stopping_us > DRAIN_US
+        return not self.host.is_draining or monotonic_us() - self.stopping_us > DRAIN_US
 
     def _iterate(self) -> None:
         host = self.host

@@ -218,6 +218,7 @@ class Host:
         self._acked = 0
         self._acked_ahead: set[int] = set()
         self._seen_node_version = -1
+        self._founding_commands: list[Any] = []
 
     # ------------------------------------------------------------------ the loop
 
@@ -368,6 +369,20 @@ class Host:
     def note(self, level: str, text: str) -> None:
         """A line for the log."""
         self._out.notes.append((level, text))
+
+    def open_counts(self) -> dict[str, int]:
+        """How much waits, by where: all zero in a worker from which nobody wants anything."""
+        return {
+            "open": len(self._open),
+            "open_bytes": self._open_bytes,
+            "parked": sum(len(requests) for requests in self._parked.values()),
+            "checking": sum(len(requests) for requests in self._checking.values()),
+            "awaiting_feed": sum(len(requests) for requests in self._awaiting_feed.values()),
+            "forwarded": len(self._forwarded),
+            "rpcs": len(self._rpcs),
+            "upcalls": len(self._upcalls),
+            "delayed": len(self._delayed),
+        }
 
     def count(self, what: str) -> None:
         """Count an occurrence."""
@@ -746,8 +761,9 @@ class Host:
         assert not self.fleet_id or self.fleet_id == fleet_id
         self.fleet_id = fleet_id
 
-    def start_fleet(self, voters: tuple[int, ...], *, campaign: bool) -> None:
-        """Worker 0 of a founding node: start the fleet group's member."""
+    def start_fleet(self, voters: tuple[int, ...], commands: list[Any], *, campaign: bool) -> None:
+        """Worker 0 of a founding node: start the fleet group's member. Its first leader proposes ``commands``."""
+        self._founding_commands = commands
         if FLEET_UID not in self.shard.members:
             self._listen_to_fleet()
             machine = self._new_fleet_machine()
@@ -962,6 +978,9 @@ class Host:
                 self._learn_leader(uid, member.term, self.instance)
                 self._announce(member)
                 self._reconcile[uid] = None
+                if uid == FLEET_UID and not self.fleet_known:
+                    for command in self._founding_commands:  # done twice, the second is without effect
+                        self._fleet_command(command, 5_000_000, lambda code, body: None)
         elif kind in ("caught_up", "config", "transfer_failed"):
             self._reconcile[uid] = None
             if kind == "caught_up":
@@ -1135,6 +1154,11 @@ class Host:
             except ConfigChangeRefused:
                 pass
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether a leadership that :meth:`drain` hands over is still on its way."""
+        return any(m.lead is not None and m.lead.transfer_target for m in self.shard.members.values())
+
     def step_down_all(self) -> None:
         """Lead nothing any more, and say so."""
         for member in list(self.shard.members.values()):
@@ -1271,6 +1295,7 @@ class Host:
                 "fleet_leader": (fleet_member.leader if fleet_member is not None else 0) or (known[1] if known else 0),
                 "fleet_leads": bool(fleet_member is not None and fleet_member.is_established),
                 "fleet_known": self.fleet_known,
+                "fleet_voters": list(fleet_member.voters) if fleet_member is not None else [],
                 "counters": dict(self.counters),
             },
         )
@@ -1294,7 +1319,8 @@ class Host:
         voters = tuple(int(voter) for voter in args["voters"])
         if self.instance not in voters:
             raise ValueError("this worker is not among the voters")
-        self.start_fleet(voters, campaign=bool(args.get("campaign")))
+        commands = msgpack.unpackb(args["state"], raw=False, strict_map_key=False) if args.get("state") else []
+        self.start_fleet(voters, commands, campaign=bool(args.get("campaign")))
         answer(OK, {})
 
     def _call_leave_fleet(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:

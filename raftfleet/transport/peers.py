@@ -228,8 +228,11 @@ class PeerSockets:
 
     # --- frames ---
 
-    def send(self, instance: int, messages: Sequence[tuple[Any, ...]]) -> bool:
+    def send(self, instance: int, messages: Sequence[tuple[Any, ...]], *, to_whoever: bool = False) -> bool:
         """Send one frame with these messages to ``instance``. Never blocks.
+
+        Args:
+            to_whoever: for whoever listens at that address, whatever its instance (managers know addresses first).
 
         Returns:
             False if the frame was dropped: no address, not connected, queue full, or larger than a frame may be. True
@@ -239,7 +242,7 @@ class PeerSockets:
         if peer is None:
             self.counters["dropped: no address"] += 1
             return False
-        frame = encode_frame(self.fleet, self.instance, instance, messages)
+        frame = encode_frame(self.fleet, self.instance, 0 if to_whoever else instance, messages)
         size_bytes = len(frame)
         if size_bytes > self._limits.frame_bytes_max:
             # The receiver would end the connection, and with it lose whatever else is under way.
