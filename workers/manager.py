@@ -58,8 +58,8 @@ def address_instance(address: Address) -> int:
 class MemoryFile:
     """What this node must remember across its own death (``founding`` in the run directory).
 
-    Layout: CRC32 of the rest, 4 bytes big-endian; then :meth:`Memory.pack`. Replaced as a whole: written beside, synced,
-    renamed, the directory synced.
+    Layout: CRC32 of the rest, 4 bytes big-endian; then :meth:`Memory.pack`. Replaced as a whole: written beside,
+    synced, renamed, the directory synced.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -240,7 +240,8 @@ class ManagerProcess:
             elif isinstance(output, ShardCall):
                 self._call_shard(now_us, output)
             elif isinstance(output, Reply):
-                connection, request_id = output.token  # type: ignore[misc]
+                assert isinstance(output.token, tuple)
+                connection, request_id = output.token
                 self.clients.send(connection, [[request_id, output.code, output.body]])
             elif isinstance(output, Persist):
                 self.memory_file.save(output.data)

@@ -58,13 +58,17 @@ if TYPE_CHECKING:
 
 OK = 0
 NO_LEADER = 10
+OVERLOADED = 11
 GROUP_NOT_FOUND = 12
 BAD_REQUEST = 17
 NOT_ACTIVE = 18
 REFUSED = 19
 UNANSWERED = 20
-COMMAND_FAILED = 1
+OUTCOME_UNKNOWN = 30
 """Codes as in the client protocol (raftfleet.wire.ipc; fleet imports core only)."""
+
+TRY_ELSEWHERE = (NO_LEADER, OVERLOADED, NOT_ACTIVE, UNANSWERED, OUTCOME_UNKNOWN)
+"""Shard 0 has not got a fleet command through: another node may know the leader (every fleet command is idempotent)."""
 
 MS = 1_000
 SECOND = 1_000_000
@@ -223,7 +227,7 @@ class ManagerCore:
             pending.then(code, body)
 
     def on_fleet_push(self, now_us: int, body: list[Any]) -> None:
-        """``["fleet", index, [[epoch, packed command], ...]]`` or ``["fleet_reset", index, dump]`` from shard 0."""
+        """``["fleet", index, [packed command, ...], epoch]`` or ``["fleet_reset", index, dump]`` from shard 0."""
         self._now_us = now_us
         if not self.fleet:
             return
@@ -236,11 +240,14 @@ class ManagerCore:
         if body[1] <= self.fleet_index:
             return
         self.fleet_index = body[1]
-        for epoch, packed in body[2]:
+        for packed in body[2]:
             try:
-                state.apply(msgpack.unpackb(packed, strict_map_key=False) if type(packed) is bytes else packed, epoch)
-            except FleetRefused:
-                continue
+                state.apply(msgpack.unpackb(packed, strict_map_key=False), body[3])
+            except FleetRefused as refusal:  # only what took effect is pushed: this copy has gone astray
+                self._log("error", f"this manager's copy of the fleet's state is wrong ({refusal}): it asks anew")
+                self.state = None
+                self.shards[0].watched = False
+                return
         self._state_changed()
 
     def receive(self, now_us: int, message: Any) -> None:
@@ -307,6 +314,13 @@ class ManagerCore:
             return f"waiting for shard {', '.join(missing)} to start"
         return self._status or self.founding.status
 
+    def public_key_at(self, address: Address) -> str:
+        """The CURVE key of the node at that address, or "" if it is not known."""
+        seen = self._seen.get(address)
+        if seen is not None:
+            return seen[0].public_key
+        return next((n.public_key for n in self._known_nodes() if (n.host, n.port) == address), "")
+
     # -- without a fleet --------------------------------------------------------------------------------------------
 
     def _tick_without_fleet(self) -> None:
@@ -314,7 +328,9 @@ class ManagerCore:
             if shard.fleet:  # the manager was restarted; its shards were not
                 memory = self.founding.memory.fleet
                 nodes = memory.nodes if memory is not None and memory.fleet == shard.fleet else ()
-                self._enter(shard.fleet, [], nodes)
+                accepted = self.founding.memory.accepted
+                self._value = accepted if accepted is not None and accepted.fleet == shard.fleet else None
+                self._enter(shard.fleet, list(self._value.voters) if self._value is not None else [], nodes)
                 return
         if self._due("poll", SECOND):
             self._poll_shards()
@@ -402,12 +418,19 @@ class ManagerCore:
         }
 
         def answered(code: int, body: Any) -> None:
-            if code == UNANSWERED and self.fleet == value.fleet and self.state is None:
+            if code in (UNANSWERED, OUTCOME_UNKNOWN) and self.fleet == value.fleet and self.state is None:
                 self._start_fleet()
             elif code != OK:
                 self._log("error", f"shard 0 could not start the fleet group: {_text(body)}")
 
         self._call_shard(0, "start_fleet", args, 5 * SECOND, answered)
+
+    def _propose_founding(self) -> None:
+        """The first command of the fleet's log: its id and first nodes. Every founder proposes it; one is enough."""
+        value = self._value
+        assert value is not None
+        command = ["found", value.fleet, [_node_fields(voter) for voter in value.voters]]
+        self._call_shard(0, "fleet_command", {"command": command, "timeout_ms": 1000}, 1500 * MS, _ignore)
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
 
@@ -489,7 +512,10 @@ class ManagerCore:
         if self.state is not None and self.state.fleet_id:
             self._status = ""
             self._tend_membership(self.state)
-        elif not self._is_first_voter() and self.zone is not None and self._due("join", SECOND):
+        elif self._is_first_voter():
+            if self.shards[0].fleet_leader and self._due("found", 300 * MS):
+                self._propose_founding()
+        elif self.zone is not None and self._due("join", SECOND):
             # Entered, but no feed comes: the fleet may know this node by instances that are no more.
             self._join_through_another()
         if self.state is not None and self.fleet:
@@ -525,7 +551,7 @@ class ManagerCore:
         """Ask to be in the fleet, through shard 0 or, if it finds no leader, through another node."""
 
         def answered(code: int, body: Any) -> None:
-            if code in (NO_LEADER, UNANSWERED, NOT_ACTIVE):
+            if code in TRY_ELSEWHERE:
                 self._join_through_another()
             elif code != OK:
                 self._status = f"the fleet refused the join: {_text(body)}"
@@ -614,7 +640,7 @@ class ManagerCore:
     @property
     def leads_fleet(self) -> bool:
         """Whether this node's shard 0 leads the fleet group, as far as is known."""
-        return bool(self.shards[0].instance) and self.shards[0].fleet_leader == self.shards[0].instance
+        return bool(self.shards[0].instance and self.shards[0].info.get("fleet_leads"))
 
     def _consider_abandoning(self) -> None:
         """Leave a fleet that is empty and whose voters are provably gone for more than its quorum can spare."""
@@ -768,7 +794,7 @@ class ManagerCore:
 
         def answered(code: int, body: Any) -> None:
             others = self._reachable()
-            if code in (NO_LEADER, UNANSWERED, NOT_ACTIVE) and others:
+            if code in TRY_ELSEWHERE and others:
                 address = others[self._rng.randrange(len(others))]
                 args = {"fleet": self.fleet, "command": msgpack.packb(command)}
                 self._rpc(address, "propose", args, 2 * SECOND, finished)
@@ -986,7 +1012,7 @@ class ManagerCore:
                 nodes = [list(_as_record(node)) for node in self._known_nodes()]
                 answer(OK, {"fleet": self.fleet, "nodes": nodes})
             else:
-                answer(REFUSED if code == COMMAND_FAILED else code, _text(body))
+                answer(code, _text(body))
 
         if address not in self._sponsored:
             self._sponsored[address] = record.name
@@ -1055,9 +1081,7 @@ class ManagerCore:
             return
 
         def answered(code: int, body: Any) -> None:
-            if code == COMMAND_FAILED:
-                answer(REFUSED, _text(body))
-            elif code != OK:
+            if code != OK:
                 answer(code, body)
             else:
                 self._deactivating = True
@@ -1075,16 +1099,24 @@ class ManagerCore:
         answer(OK, self.state.active_nodes() if self.state is not None else {})
 
     def _call_groups(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
-        self._pass_to_shard(0, "fleet_query", {"query": ["groups"], "stale": False}, timeout_us, answer)
+        self._pass_to_shard(0, "fleet_query", {"query": ["groups"]}, timeout_us, answer, reads=True)
 
     def _call_unreachable(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
         answer(OK, dict(self.unreachable))
 
-    def _pass_to_shard(self, index: int, method: str, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
-        if not self.fleet:
+    def _pass_to_shard(
+        self, index: int, method: str, args: dict[str, Any], timeout_us: int, answer: Answer, *, reads: bool = False
+    ) -> None:
+        """Have a shard answer. ``reads``: the call changes nothing, so that no answer leaves no doubt."""
+
+        def answered(code: int, body: Any) -> None:
+            answer(UNANSWERED if reads and code == OUTCOME_UNKNOWN else code, body)
+
+        if not self.fleet or not self.is_ready:
             answer(NOT_ACTIVE, self._why_not_active())
             return
-        self._call_shard(index, method, args, timeout_us, answer)
+        # A little less time than the caller has, so that the shard's own answer is the one that arrives.
+        self._call_shard(index, method, args, max(timeout_us - 50 * MS, timeout_us // 2), answered)
 
     def _why_not_active(self) -> str:
         if self.zone is None:
@@ -1096,7 +1128,7 @@ class ManagerCore:
 
     def _call_of_group(self, method: str, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
         index = shard_of(args["name"], len(self.shards))
-        self._pass_to_shard(index, method, args, timeout_us, answer)
+        self._pass_to_shard(index, method, args, timeout_us, answer, reads=method == "group_status")
 
     def _call_members(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
         name = args["name"]
@@ -1371,7 +1403,8 @@ class ManagerCore:
 
     def _call_shard(self, index: int, method: str, args: dict[str, Any], timeout_us: int, then: Answer) -> None:
         self._tokens += 1
-        self._shard_calls[self._tokens] = _Pending(self._now_us + timeout_us, then)
+        # The driver's channel gives up by itself a tenth of a second late, and knows whether the call was sent.
+        self._shard_calls[self._tokens] = _Pending(self._now_us + timeout_us + 300 * MS, then)
         self._outputs.append(ShardCall(index, method, args, timeout_us // MS, self._tokens))
 
     def _rpc(self, address: Address, method: str, args: dict[str, Any], timeout_us: int, then: Answer) -> None:
@@ -1387,7 +1420,7 @@ class ManagerCore:
             for token in [token for token, pending in calls.items() if pending.deadline_us <= self._now_us]:
                 pending = calls.pop(token, None)
                 if pending is not None:
-                    pending.then(UNANSWERED, "no answer in time")
+                    pending.then(OUTCOME_UNKNOWN, "no answer in time")
         waiters, self._waiters = self._waiters, []
         for deadline_us, is_done, then in waiters:
             done = is_done()
@@ -1420,9 +1453,7 @@ def _as_record(node: Node | NodeRecord) -> NodeRecord:
 
 def _text(body: Any) -> str:
     """A reply's body in words: a str, or ``[type, message]`` of a failed command."""
-    if isinstance(body, (list, tuple)) and len(body) == 2:
-        return str(body[1]).partition(":")[2] or str(body[1])
-    return str(body)
+    return str(body[1]) if isinstance(body, (list, tuple)) and len(body) == 2 else str(body)
 
 
 def _group_change(method: str) -> Callable[..., None]:

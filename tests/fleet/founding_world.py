@@ -14,7 +14,6 @@ from typing import Any
 
 import msgpack
 
-from raftfleet.core.manager_messages import FIELDS, MESSAGE_TYPES
 from raftfleet.fleet.founding import Memory, Persist, Send
 from raftfleet.fleet.machine import FleetRefused, FleetState
 from raftfleet.fleet.manager_core import Log, ManagerCore, ManagerSettings, Reply, ShardCall
@@ -28,9 +27,8 @@ from raftfleet.fleet.reconcile import (
     next_step,
     quorum,
 )
-from raftfleet.wire.codec import decode_frame, encode_frame, register_messages
+from raftfleet.wire.codec import decode_frame, encode_frame
 
-register_messages(MESSAGE_TYPES, FIELDS)
 MS = 1_000
 SECOND = 1_000_000
 
@@ -254,6 +252,7 @@ class World:
             "instance": shard.instance,
             "fleet": shard.fleet or None,
             "fleet_leader": leader,
+            "fleet_leads": bool(leader) and leader == shard.instance,
             "fleet_voters": self._known_voters(shard),
             "members": 0,
             "leaders": 0,
@@ -305,7 +304,7 @@ class World:
         if group is None or not leader:
             return (0, {"index": 0, "state": None}) if call.method == "watch_fleet" else None
         if call.method == "watch_fleet":
-            if shard.instance not in group.started:
+            if shard.instance not in group.started or not group.state.fleet_id:
                 return 0, {"index": 0, "state": None}
             shard.watched_index = group.index
             return 0, {"index": group.index, "state": group.state.dump()}
@@ -315,11 +314,9 @@ class World:
             return 0, {"members": members}
         assert call.method == "fleet_command", call.method
         try:
-            if not group.state.fleet_id:
-                group.state.apply(group.first, 0)
             result = group.state.apply(args["command"], 0)
         except FleetRefused as error:
-            return 1, ["FleetRefused", str(error)]
+            return error.code, error.message
         group.index += 1
         return 0, result
 
@@ -356,9 +353,6 @@ class World:
             leader = next((i for i in group.voters if i in self.home and self._leader(self.home[i][1]) == i), 0)
             if not leader:
                 continue
-            if not group.state.fleet_id:
-                group.state.apply(group.first, 0)
-                group.index += 1
             group.ever_led = True
             there = self.home[leader][0]
             live = frozenset(
@@ -368,6 +362,8 @@ class World:
             )
             group.started |= live  # a leader's append makes a member of a shard that waits for one
             view = GroupView(0, leader, tuple(group.voters), tuple(group.learners), live, live, False)
+            if not group.state.fleet_id:
+                continue
             desired = fleet_voters(group.state, group.voters, None, leader)
             step = next_step(view, desired, group.state.is_current, fleet_learners(group.state, desired))
             if isinstance(step, AddLearner):
