@@ -162,6 +162,10 @@ class SimNetwork:
         for from_instance, to_instance, frame in stalled:
             self.send(from_place, to_place, from_instance, to_instance, frame)
 
+    def is_open(self, a: int, b: int) -> bool:
+        """Whether both directions between two places are open."""
+        return self._paths[a][b].state == OPEN and self._paths[b][a].state == OPEN
+
     def set_delay(self, from_place: int, to_place: int, delay_us_min: int, delay_us_max: int) -> None:
         """Frames of one direction take this long."""
         path = self._paths[from_place][to_place]
