@@ -175,6 +175,7 @@ class Member:
         "config",
         "eager_commit",
         "election_timeout_us",
+        "forgotten_end",
         "heard_us",
         "hook",
         "id",
@@ -212,6 +213,9 @@ class Member:
         self.hook: Any = None
         self.life = life
         self.life_term = 0  # of the leader that told the life
+        # (term, index) up to which this instance once held the log, before it was removed and added again: entries that
+        # it acknowledged then may be committed by it, and candidates that count it as of then must have them.
+        self.forgotten_end = (0, 0)
         self.eager_commit = uid == FLEET_UID
         self.election_timeout_us = int(config.election_timeout_s * 1_000_000)
         self.role = FOLLOWER
@@ -590,7 +594,7 @@ class Member:
             start = stop
 
     def _send_appends(self, peer: int, progress: Progress, *, empty: bool = False) -> None:
-        """Send ``peer`` what it lacks, as far as its state allows; with ``empty`` at least one message, entries or not."""
+        """Send ``peer`` what it lacks, as far as its state allows; with ``empty`` at least one message in any case."""
         log = self.log
         shard = self.shard
         if progress.state == SENDING_SNAPSHOT:
@@ -856,7 +860,9 @@ class Member:
     def on_vote(self, sender: int, m: Vote) -> None:
         """RequestVote and pre-vote, receiver's side (paper 5.4.1; thesis 4.2.3, 9.6)."""
         log = self.log
-        up_to_date = (m.last_term, m.last_index) >= (log.last_term, log.last_index)
+        if not self.membership.lives:
+            return  # nothing is known here yet: an empty log would find every candidate up to date
+        up_to_date = (m.last_term, m.last_index) >= max((log.last_term, log.last_index), self.forgotten_end)
         if sender not in self.committed_membership()[1] and sender not in self.membership:
             # Removed, or added by an entry that has not come here yet: Gone tells how far we know, and the sender
             # knows which. (The commit index, not the configuration's: up to there the sender is no member, also if it
@@ -1283,7 +1289,8 @@ class Member:
     def make_snapshot(self) -> tuple[int, int, bytes]:
         """``(index, term, bytes)`` of everything applied here.
 
-        The bytes are msgpack ``[format = 1, membership index, membership, last time, sessions, machine version, state]``.
+        The bytes are msgpack ``[format = 1, membership index, membership, last time, sessions, machine version,
+        state]``.
         """
         index = self.applied
         at, membership = self.memberships[0]

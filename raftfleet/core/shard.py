@@ -83,7 +83,8 @@ class ShardSettings:
 class Tombstone(NamedTuple):
     """What stays known of a member that was removed from a group that lives on: it may be added again.
 
-    ``members``: the configuration at ``commit``, as far as it was known here.
+    ``members``: the configuration at ``commit``, as far as it was known here. ``log_end``: (term, index) of the last
+    entry that it held: whoever has less gets no vote from this instance, though it holds nothing any more.
     """
 
     term: int
@@ -92,6 +93,7 @@ class Tombstone(NamedTuple):
     life_term: int
     commit: int
     members: frozenset[int]
+    log_end: tuple[int, int]
 
 
 @dataclass
@@ -337,7 +339,7 @@ class Shard:
         self.members[uid] = member
         buried = self.tombstones.pop(uid, None)
         if buried is not None:
-            member.term, member.vote = buried.term, buried.vote
+            member.term, member.vote, member.forgotten_end = buried.term, buried.vote, buried.log_end
         if voters is not None:
             member._wait_to_campaign()
             if campaign:
@@ -366,6 +368,7 @@ class Shard:
             member.life_term,
             member.commit,
             frozenset(member.committed_membership()[1].lives),
+            max(member.forgotten_end, (member.log.last_term, member.log.last_index)),
         )
         self.event("member_gone", member.uid)
 
@@ -394,7 +397,7 @@ class Shard:
             return None
         buried = self.tombstones.get(uid)
         if kind == VOTE:
-            if buried is not None and self.instance not in buried.members and sender not in buried.members:
+            if buried is not None and sender not in buried.members:
                 # It was removed before this member was, and those who remain may be unknown to it.
                 self.send(sender, Gone(GONE, uid, buried.term, buried.commit))
                 return None
