@@ -434,11 +434,17 @@ class Simulation:
 
     def _sweep(self, group: Group, members: tuple[int, ...]) -> None:
         """Take away what was started for a leader that then never added it: it has no voters to ask."""
+
+        def sweep(core: Shard) -> None:
+            member = core.members.get(group.uid)
+            if member is not None and not member.voters:
+                core.drop_member(member)
+
         for shard in self.live_shards():
             member = shard.core.members.get(group.uid)
             if member is not None and not member.voters and shard.instance not in members:
                 if shard.place not in group.places:
-                    shard.work(lambda core: core.remove_group(group.uid))
+                    shard.work(sweep)
 
     def _change(self, leader: SimShard, uid: int, what: str, instance: int) -> None:
         def change(core: Shard) -> None:
