@@ -84,6 +84,10 @@ class MemoryFile:
                 f"{self.path} is damaged ({error}); if no other node of its fleet runs any more, remove the file"
             ) from error
 
+    def remove(self) -> None:
+        """Forget: there is nobody whom it could concern."""
+        self.path.unlink(missing_ok=True)
+
     def save(self, data: bytes) -> None:
         """Put it on disk; when this returns it is there."""
         temporary = self.path.with_suffix(".new")
@@ -197,6 +201,8 @@ class ManagerProcess:
             self._iterate()
         sd_notify("STOPPING=1")
         self._send_last_replies()
+        if self.core.is_alone:
+            self.memory_file.remove()
 
     def _iterate(self) -> None:
         self.poller.wait(0 if self.peers.pending() else self._timeout_us())
@@ -228,10 +234,7 @@ class ManagerProcess:
             self.clients.send(connection, [[request[0], ipc.BAD_REQUEST, text]])
             return
         request_id, _, method, args, timeout_ms = request
-        if method == "status":
-            self.clients.send(connection, [[request_id, ipc.OK, self._status()]])
-        else:
-            self.core.call(now_us, (connection, request_id), method, args, timeout_ms * 1000)
+        self.core.call(now_us, (connection, request_id, method), method, args, timeout_ms * 1000)
 
     def _carry_out(self, now_us: int) -> None:
         for output in self.core.take_outputs():
@@ -241,7 +244,9 @@ class ManagerProcess:
                 self._call_shard(now_us, output)
             elif isinstance(output, Reply):
                 assert isinstance(output.token, tuple)
-                connection, request_id = output.token
+                connection, request_id, method = output.token
+                if method == "status" and output.code == ipc.OK:
+                    self._add_processes(output.body)
                 self.clients.send(connection, [[request_id, output.code, output.body]])
             elif isinstance(output, Persist):
                 self.memory_file.save(output.data)
@@ -304,8 +309,8 @@ class ManagerProcess:
     def _tell_systemd(self) -> None:
         sd_notify(f"STATUS={self.core.node_state}{': ' if self.core.status_text else ''}{self.core.status_text}")
 
-    def _status(self) -> dict[str, Any]:
-        status = self.core.status()
+    def _add_processes(self, status: dict[str, Any]) -> None:
+        """Complete an answer to ``status`` by what the operating system knows."""
         for worker in status["workers"]:
             row = self.context.children.shard(worker["index"])
             worker.update(pid=row.pid, restarts=row.restarts, cpu_percent=0.0, rss_bytes=0)
@@ -319,7 +324,6 @@ class ManagerProcess:
                 self.processes.pop(row.pid, None)
         status["manager"] = {"pid": os.getpid(), "restarts": self.context.children.manager.restarts}
         status["refused"] = {name: count for name, count in self.peers.counters.items() if name.startswith("refused")}
-        return status
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,7 @@ class _Round:
 
     ballot: Ballot
     started_us: int
+    asked_us: int
     survey_seq: int
     confirm_seq: int
     promises: dict[Address, Promise] = field(default_factory=dict)
@@ -198,7 +199,7 @@ class Founding:
         self._grant_until_us = 0
         self._highest_round = memory.promised[0]
         self._round: _Round | None = None
-        self._next_attempt_us = 0
+        self._next_attempt_us = -1
         self._failed_count = 0
         self._outputs: list[Output] = []
 
@@ -226,9 +227,7 @@ class Founding:
         """When :meth:`tick` should be called next."""
         if self._round is None:
             return self._next_attempt_us
-        return self._round.started_us + (
-            self._gather_us if len(self._round.answered) < len(self.peers) else self._round_us
-        )
+        return self._round.asked_us + self._gather_us
 
     def stop(self, now_us: int) -> None:
         """Give up the present attempt: there is a fleet to join, or this node no longer wants to be active."""
@@ -244,8 +243,8 @@ class Founding:
         if not self._may_vote(message.peers, message.sender):
             return
         busy = now_us < self._grant_until_us and self._granted_to[1] != message.proposer
-        granted = ballot > self.memory.promised and not busy
-        if granted:
+        granted = ballot >= self.memory.promised and not busy
+        if granted and ballot > self.memory.promised:
             self._granted_to = ballot
             self._grant_until_us = now_us + self._grant_us
             self._remember(replace(self.memory, promised=ballot))
@@ -280,12 +279,17 @@ class Founding:
         if not self.is_acceptor or not record.zone:
             return
         attempt = self._round
+        if self._next_attempt_us < 0:
+            # Nodes that start together would grant each other nothing: each gives those before it a head start.
+            turn = self.peers.index(self.address)
+            self._next_attempt_us = now_us + turn * self._gather_us + self._rng.randrange(self._gather_us // 4)
         if attempt is None:
             if now_us >= self._next_attempt_us:
                 self._begin(now_us, record)
         elif now_us >= attempt.started_us + self._round_us:
             self._fail(now_us, self._waiting_for(attempt))
         else:
+            self._ask_again(now_us, attempt, record)
             self._advance(now_us, record)
 
     def on_promise(self, now_us: int, message: Promise, record: NodeRecord) -> None:
@@ -302,6 +306,9 @@ class Founding:
             attempt.promises[address] = message
             memory = message.memory[0] if message.memory else None
             attempt.testimonies[address] = Testimony(message.sender, memory)
+        elif len(attempt.answered) - len(attempt.promises) > len(self.peers) - self.majority:
+            self._fail(now_us, "waiting for another candidate's attempt to found a fleet")
+            return
         self._advance(now_us, record)
 
     def on_pong(self, now_us: int, message: Pong, record: NodeRecord) -> None:
@@ -338,11 +345,24 @@ class Founding:
         self._highest_round += 1
         ballot = (self._highest_round, self._proposer)
         seq = self._rng.getrandbits(62) & ~1
-        self._round = _Round(ballot, now_us, seq, seq | 1)
+        self._round = _Round(ballot, now_us, now_us, seq, seq | 1)
         if len(self.peers) > 1:
             self.status = f"asking {len(self.peers)} peers to found a fleet"
         for address in self.peers:
             self._outputs.append(Send(address, Prepare(PREPARE, record, *ballot, self._digest)))
+
+    def _ask_again(self, now_us: int, attempt: _Round, record: NodeRecord) -> None:
+        """Repeat what has no answer: a frame to a node that is just starting is lost."""
+        if now_us < attempt.asked_us + self._gather_us:
+            return
+        attempt.asked_us = now_us
+        for address in self.peers:
+            if attempt.value is not None:
+                if address not in attempt.accepts:
+                    accept = Accept(ACCEPT, record, *attempt.ballot, self._digest, attempt.value)
+                    self._outputs.append(Send(address, accept))
+            elif address not in attempt.answered:
+                self._outputs.append(Send(address, Prepare(PREPARE, record, *attempt.ballot, self._digest)))
 
     def _advance(self, now_us: int, record: NodeRecord) -> None:
         """Move the attempt on as far as what is known allows."""

@@ -169,6 +169,7 @@ class ManagerCore:
         self.founding = Founding((settings.host, settings.port), settings.peers, memory, rng, rng.getrandbits(62) + 1)
         self._rng = rng
         self._now_us = now_us
+        self._ticked_us = now_us
         self._wall_us = 0
         self._outputs: list[Output] = []
         self._incarnation = rng.getrandbits(62) + 1
@@ -204,7 +205,7 @@ class ManagerCore:
     def next_deadline_us(self) -> int:
         """When :meth:`tick` should be called next. Duties are checked ten times a second while something is amiss."""
         settled = self.node_state in ("active", "inactive") and not self._removals and not self._waiters
-        return self._now_us + (200 * MS if settled else 50 * MS)
+        return self._ticked_us + (200 * MS if settled else 50 * MS)
 
     def on_shard_info(self, now_us: int, index: int, info: dict[str, Any]) -> None:
         """The answer to ``shard_info``, asked when the connection to the shard came up, and then by the core itself."""
@@ -262,7 +263,7 @@ class ManagerCore:
 
     def tick(self, now_us: int, wall_us: int) -> None:
         """Do what is due."""
-        self._now_us = now_us
+        self._now_us = self._ticked_us = now_us
         self._wall_us = wall_us
         self._expire()
         if self.is_ready:
@@ -291,6 +292,14 @@ class ManagerCore:
         zone = "" if self.zone is None or self._deactivating else self.zone
         store = self.founding.memory.store
         return NodeRecord(s.name, zone, s.host, s.port, s.public_key, self.instances, self._incarnation, store)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else decides with this node, and nobody else ever was in its fleet."""
+        fleet = self.founding.memory.fleet
+        nodes = fleet.nodes if fleet is not None else ()
+        mine = self.founding.address
+        return self.founding.peers == (mine,) and all((host, port) == mine for _, host, port in nodes)
 
     @property
     def node_state(self) -> str:
@@ -1346,7 +1355,23 @@ class ManagerCore:
         answer(OK, {"recovered": [], "waiting": [], "message": f"founding does not wait for {name} any longer"})
 
     def _call_status(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
-        answer(OK, self.status())
+        """The figures of shards that answer at once are fresh, those of others as they were last told."""
+        waiting = {index for index, shard in enumerate(self.shards) if shard.instance}
+        if not waiting:
+            answer(OK, self.status())
+
+        def came(index: int) -> Answer:
+            def answered(code: int, body: Any) -> None:
+                if code == OK:
+                    self._take_shard_info(self.shards[index], body)
+                waiting.discard(index)
+                if not waiting:
+                    answer(OK, self.status())
+
+            return answered
+
+        for index in sorted(waiting):
+            self._call_shard(index, "shard_info", {}, min(timeout_us // 2, 300 * MS), came(index))
 
     def status(self) -> dict[str, Any]:
         """``status --json`` but for the processes' figures, which the driver adds to each of ``workers``."""
