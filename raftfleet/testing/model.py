@@ -96,12 +96,10 @@ class RegistersMachine(StateMachine):
 
     def __init__(self, record: GroupRecord) -> None:
         self.record = record
-        self.latest: ModelState | None = None
 
     def new(self) -> ModelState:
         """All registers are 0."""
-        self.latest = ModelState()
-        return self.latest
+        return ModelState()
 
     def command(self, state: ModelState, arg: list[Any]) -> tuple[list[Any], ModelState]:
         """Apply; the answer is ``[version, chain, value]``."""
@@ -125,7 +123,6 @@ class RegistersMachine(StateMachine):
         state.version += 1
         state.chain = (state.chain * 1_000_003 + operation * 31 + registers.get(key, 0)) & 0xFFFF_FFFF_FFFF
         state.seen[operation] = state.version
-        self.latest = state
         self.record.applied(operation, state.version, state.chain)
         return [state.version, state.chain, result], state
 
@@ -148,5 +145,4 @@ class RegistersMachine(StateMachine):
         state.version, state.chain = version, chain
         state.registers = dict(registers)
         state.seen = dict(seen)
-        self.latest = state
         return state

@@ -121,7 +121,6 @@ class Simulation:
         self._lives = [0] * self.place_count
         self._place_of_instance: dict[int, int] = {}
         self._tokens: dict[int, dict[Token, None]] = {}
-        self._machines: dict[tuple[int, int], RegistersMachine] = {}
         self._removed: dict[int, set[int]] = {}
         self._last_operation = 0
         self._last_uid = 0
@@ -231,7 +230,7 @@ class Simulation:
         removed: set[int] = set()
         self._removed[instance] = removed
         shard.core.is_dead = removed.__contains__
-        shard.core.may_create = lambda uid: self._recipe(shard, uid)
+        shard.core.may_create = self._recipe
         self.shards[place] = shard
         self._place_of_instance[instance] = place
         self._tokens[instance] = {}
@@ -364,7 +363,6 @@ class Simulation:
 
     def _create_member(self, shard: SimShard, group: Group, voters: tuple[int, ...] | None, campaign: bool) -> None:
         machine = RegistersMachine(self.history.record(group.uid))
-        self._machines[(shard.instance, group.uid)] = machine
 
         def create(core: Shard) -> None:
             if group.uid not in core.members and group.uid in self.groups:
@@ -372,13 +370,12 @@ class Simulation:
 
         shard.work(create)
 
-    def _recipe(self, shard: SimShard, uid: int) -> tuple[str, GroupConfig, RegistersMachine, None] | None:
+    def _recipe(self, uid: int) -> tuple[str, GroupConfig, RegistersMachine, None] | None:
         """What a shard needs to start a member when a leader first speaks to it."""
         group = self.groups.get(uid)
         if group is None:
             return None
-        machine = self._machines[(shard.instance, uid)] = RegistersMachine(self.history.record(uid))
-        return group.name, group.config, machine, None
+        return group.name, group.config, RegistersMachine(self.history.record(uid)), None
 
     def leader_of(self, uid: int) -> SimShard | None:
         """The shard that leads in the highest term, as an observer who sees everything would say."""
@@ -546,8 +543,6 @@ class Simulation:
         self.shards[place] = None
         self.cluster.forget_instance(shard.instance)
         del self._tokens[shard.instance]
-        for key in [key for key in self._machines if key[0] == shard.instance]:
-            del self._machines[key]
         self.queue.after(int(self.rng.random() * 5 * SECOND_US), self._start_shard, place)
 
     def _is_survivable(self, victim: SimShard) -> bool:
@@ -695,10 +690,8 @@ class Simulation:
                 if shard.place in self.groups[uid].places
             ]
             self.cluster.check_equal_members(uid, members)
-            for instance, _ in members:
-                state = self._machines[(instance, uid)].latest
-                if state is None:
-                    raise Violation(f"instance {instance} has no state of group {uid}")
+            for instance, member in members:
+                state = member.state
                 self.history.check_state(uid, state.seen, f"instance {instance}")
         self.history.check_refused()
         self._check_linearizability()
