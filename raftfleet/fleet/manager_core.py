@@ -74,6 +74,8 @@ MS = 1_000
 SECOND = 1_000_000
 SURVEY_INTERVAL_US = 400 * MS
 RPC_TIMEOUT_US = 3 * SECOND
+RECOVERY_WAIT_US = 6 * SECOND
+"""A fleet group that can recover from a declared death has a leader by then: a few election timeouts."""
 ABANDON_AFTER_US = 3 * SECOND
 """Ten failed elections: a leader that is still possible has had its chance."""
 PING_NODES = 20
@@ -1306,7 +1308,8 @@ class ManagerCore:
         self._tell_shards_dead(instances)
         for address in self._reachable():
             self._rpc(address, "declare_dead", {"instances": instances}, 2 * SECOND, _ignore)
-        deadline_us = self._now_us + timeout_us
+        # Where more nodes are dead, nothing recovers before they are declared too: the operator is told so soon.
+        deadline_us = self._now_us + min(timeout_us * 3 // 4, 2 * RECOVERY_WAIT_US)
 
         def is_removed() -> bool:
             return name not in self._removals
@@ -1339,7 +1342,7 @@ class ManagerCore:
                 message += f"; {len(waiting)} groups have no leader yet: if more nodes are dead, declare them too"
             answer(OK, {"recovered": sorted(before - waiting), "waiting": sorted(waiting), "message": message})
 
-        self._wait_for(max(timeout_us - SECOND, SECOND), is_removed, finished)
+        self._wait_for(min(timeout_us // 2, RECOVERY_WAIT_US), is_removed, finished)
 
     def _declare_dead_while_founding(self, name: str, answer: Answer) -> None:
         memory = self.founding.memory
