@@ -40,18 +40,18 @@ def test_groups_that_lost_their_majority_are_named_with_what_is_known(survivors:
     assert set(client.unreachable_nodes()) == {"n3", "n4", "n5"}
     with pytest.raises(errors.RaftFleetError):
         client.command(GROUPS[0], "inc", retry=0)
-    assert client.query(GROUPS[1], "get", consistency="stale") == 10
+    # A survivor may not have learned yet, before the others died, that the set was committed.
+    assert client.query(GROUPS[1], "get", consistency="stale") in (0, 10)
 
 
 def test_the_operators_word_brings_every_group_back_and_the_dead_return_as_new(survivors: LocalFleet) -> None:
     client = survivors.connect("n1")
-    before = {name: client.query(name, "get", consistency="stale") for name in GROUPS}
     survivors.wait_until(lambda: set(client.unreachable_nodes()) == {"n3", "n4", "n5"}, 20.0, "the dead to be noticed")
     for name in ("n3", "n4", "n5"):
         client.remove_dead_node(name)
     for number, name in enumerate(GROUPS):
         survivors.wait_until(lambda name=name: client.query(name, "get") is not None, 20.0, f"{name} to serve")
-        assert client.query(name, "get") == before[name] == 10 * number
+        assert client.query(name, "get") == 10 * number
         assert client.command(name, "inc", retry=10) == 10 * number
     survivors.wait_active(2)
     assert client.leaderless_groups() == {}
