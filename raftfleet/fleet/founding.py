@@ -155,7 +155,7 @@ class _Round:
     surveyed: set[Address] = field(default_factory=set)
     testimonies: dict[Address, Testimony] = field(default_factory=dict)
     confirmed: set[Address] = field(default_factory=set)
-    confirming: frozenset[Address] = frozenset()
+    confirming: frozenset[Address] | None = None
     value: FoundingValue | None = None
     accepts: set[Address] = field(default_factory=set)
 
@@ -346,7 +346,7 @@ class Founding:
         ballot = (self._highest_round, self._proposer)
         seq = self._rng.getrandbits(62) & ~1
         self._round = _Round(ballot, now_us, now_us, seq, seq | 1)
-        if len(self.peers) > 1:
+        if len(self.peers) > 1 and not self._failed_count:
             self.status = f"asking {len(self.peers)} peers to found a fleet"
         for address in self.peers:
             self._outputs.append(Send(address, Prepare(PREPARE, record, *ballot, self._digest)))
@@ -408,7 +408,7 @@ class Founding:
             if testimony.memory and testimony.memory.fleet not in stillborn:
                 suspects.update((host, port) for _, host, port in testimony.memory.nodes)
         suspects -= self.declared_dead
-        if not attempt.confirming:
+        if attempt.confirming is None:
             for address in sorted(suspects - attempt.testimonies.keys() - attempt.surveyed):
                 attempt.surveyed.add(address)
                 self._outputs.append(Send(address, Ping(PING, attempt.survey_seq, record, b"")))
@@ -416,7 +416,8 @@ class Founding:
                 attempt.confirming = frozenset(suspects)
                 for address in sorted(suspects):
                     self._outputs.append(Send(address, Ping(PING, attempt.confirm_seq, record, b"")))
-        return bool(attempt.confirming) and suspects <= attempt.confirming and attempt.confirming <= attempt.confirmed
+        confirming = attempt.confirming
+        return confirming is not None and suspects <= confirming and confirming <= attempt.confirmed
 
     def _new_value(self, attempt: _Round) -> FoundingValue | None:
         """A fleet of those who promised and want to be active, spread over zones, this node first."""

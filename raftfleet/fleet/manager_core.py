@@ -195,6 +195,7 @@ class ManagerCore:
         self._waiters: list[tuple[int, Callable[[], bool], Callable[[bool], None]]] = []
         self._last_state = ""
         self._status = ""
+        self._trouble = ""
 
     # -- what the driver calls --------------------------------------------------------------------------------------
 
@@ -318,6 +319,8 @@ class ManagerCore:
     @property
     def status_text(self) -> str:
         """What this node is waiting for, in a sentence; empty if for nothing."""
+        if self._trouble:
+            return self._trouble
         if self.node_state in ("active", "inactive"):
             return ""
         if not self.is_ready:
@@ -477,6 +480,7 @@ class ManagerCore:
         self._deactivating = False
         self._leaving = False
         self._status = ""
+        self._trouble = ""
         for index, shard in enumerate(self.shards):
             self._reset_shard(index, shard)
 
@@ -486,6 +490,7 @@ class ManagerCore:
         shard.instance = 0
         shard.fleet = b""
         shard.watched = False
+        shard.info = {}
 
         def answered(code: int, body: Any) -> None:
             if code != OK and shard.stale_instance == old and shard.instance == 0:
@@ -516,6 +521,7 @@ class ManagerCore:
         self._ping_nodes()
         if self.shards[0].fleet_leader:
             self._leaderless_since_us = self._now_us
+            self._trouble = ""
         elif self._now_us - self._leaderless_since_us > ABANDON_AFTER_US and self._due("abandon", 500 * MS):
             self._consider_abandoning()
         if not self.fleet:
@@ -656,9 +662,12 @@ class ManagerCore:
     def _consider_abandoning(self) -> None:
         """Leave a fleet that is empty and whose voters are provably gone for more than its quorum can spare."""
         if self.state is not None and self.state.counter:
-            self._status = (
-                "the fleet group has no leader: if nodes are gone for good, run 'raftfleet-node remove-dead-node NODE'"
-            )
+            if not self._trouble:
+                self._trouble = (
+                    "the fleet group has no leader: start the nodes that are missing, or, if they are gone for good, "
+                    "run 'raftfleet-node remove-dead-node NODE' for each"
+                )
+                self._log("warning", self._trouble)
             return
 
         # Without a copy of the state, members of groups on this node's shards tell that the fleet holds groups.
