@@ -404,6 +404,32 @@ def test_rule_07_an_instance_that_forgot_a_log_votes_as_if_it_still_held_it() ->
     assert (shorter.granted, as_long.granted) == (False, True)
 
 
+def test_rule_07_an_empty_member_gives_no_vote() -> None:
+    lone = Lone(voters=None)
+    lone.turn(lambda shard: shard.create_group(1, "group-1", config(), Journal(), None))
+    assert not any(isinstance(m, VoteAnswer) for m in lone.receive(3, _vote(9, (3, 2))))
+    assert lone.member.term == 0
+
+
+def test_rule_07_an_append_of_a_life_that_was_forgotten_is_not_answered() -> None:
+    """Its acknowledgement would speak for a log that is no longer held."""
+    lone = Lone(voters=None)
+    lone.receive(2, append(3, (0, 0), [1, 1], life=6, commit=2))
+    lone.receive(2, Gone(9, 1, 3, 8))
+    assert 1 not in lone.shard.members
+    assert lone.receive(2, append(3, (0, 0), [1, 1], life=6)) == []
+    assert 1 not in lone.shard.members
+    (answer,) = lone.receive(2, append(3, (0, 0), [1, 1], life=9))
+    assert answer.accepted and answer.life == 9
+
+
+def test_rule_12_a_gone_of_an_earlier_life_removes_nobody() -> None:
+    lone = Lone(voters=None)
+    lone.receive(2, append(3, (0, 0), [1, 1], life=6))
+    lone.receive(2, Gone(9, 1, 3, 5))
+    assert lone.member.life == 6
+
+
 def test_rule_07_answers_of_an_earlier_life_are_not_counted() -> None:
     cluster = Cluster(4, voters=(1, 2, 3))
     leader = cluster.settle()
