@@ -265,6 +265,8 @@ class Shard:
 
     def settle(self, now_us: int) -> None:
         """Hand out the lease answers whose lease holds at ``now_us``, read after the state was (DESIGN 5.10)."""
+        if now_us > self.now_us:
+            self.now_us = now_us
         offers = self._lease_offers
         if not offers:
             return

@@ -1,7 +1,8 @@
 """A shard without a process: the production core turned by simulated time and frames.
 
 This module does not know about faults; the simulation tells it when to pause and when to die. Each turn is the
-production loop in small: ``begin``, ``receive`` what has come, ``tick`` if a timer is due, ``finish``, send, answer.
+production loop in small: ``begin``, ``receive`` what has come, ``tick`` if a timer is due, ``finish``, send, answer. A pause may fall
+between two turns or into the middle of one.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class SimShard:
         self._frames: list[tuple[int, Any]] = []
         self._work: list[Callable[[Shard], None]] = []
         self._wake_us = -1
-        self._held_effects: Any = None
+        self._is_mid_turn = False
 
     def receive(self, from_instance: int, frame: Any) -> None:
         """A frame has come."""
@@ -100,16 +101,18 @@ class SimShard:
                 function(core)
         if core.next_deadline_us() <= local_us:
             core.tick()
-        effects = core.finish()
         if self.is_paused:
-            self._held_effects = effects
+            # Stopped in the middle: what was read from the state is not handed out, what was decided is not sent.
+            core.flush()
+            core.apply()
+            self._is_mid_turn = True
         else:
-            self._emit(effects)
+            self._emit(core.finish())
         self._owner.shard_stepped(self)
         self._schedule()
 
     def pause(self, within_turn: bool) -> None:
-        """Stop, between two turns or, ``within_turn``, after a turn's decisions and before its frames are sent."""
+        """Stop, between two turns or, ``within_turn``, after the state was read and before anything leaves."""
         assert not self.is_dead
         if self.is_paused:
             return
@@ -122,9 +125,10 @@ class SimShard:
         if self.is_dead or not self.is_paused:
             return
         self.is_paused = False
-        effects, self._held_effects = self._held_effects, None
-        if effects is not None:
-            self._emit(effects)
+        if self._is_mid_turn:
+            self._is_mid_turn = False
+            self.core.settle(self.clock.local_us(self._queue.now_us))
+            self._emit(self.core.finish())
         self._wake_us = -1
         self.turn()
 
@@ -133,7 +137,6 @@ class SimShard:
         self.is_dead = True
         self._frames.clear()
         self._work.clear()
-        self._held_effects = None
 
     def _emit(self, effects: Any) -> None:
         owner = self._owner
