@@ -54,7 +54,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raftfleet.core.names import name_hash128, shard_of
 from raftfleet.errors import NodeError, NodeNotRunning
@@ -676,6 +676,19 @@ def _first_slot(name_hash: bytes, slots: int) -> int:
     return int.from_bytes(name_hash[:8], "big") & (slots - 1)
 
 
+class _ClosedSegment:
+    """What a closed reader still says of its segment, which is unmapped."""
+
+    def __init__(self, segment: _Segment | _ClosedSegment) -> None:
+        self.node: str = segment.node
+        self.workers: int = segment.workers
+        self.generation: int = segment.generation
+        self.identity: object = segment.identity
+        self.words: Any = {_PID: int(segment.words[_PID]), _RETIRED: _STOPPED}
+        self.is_retired = True
+        self.supervisor_lives = False
+
+
 _KEPT_MAX = 1 << 17
 """Names whose slots a reader remembers; a process that asks for more starts afresh (some 40 MB by then)."""
 
@@ -697,8 +710,9 @@ class LeaderTableReader:
     def __init__(self, run_dir: str | os.PathLike[str]) -> None:
         self._run_dir = Path(run_dir)
         self._kept: dict[str, tuple[memoryview, int, int, LeaderSlot]] = {}
-        self._newest = _open_current(self._run_dir, writable=False)
-        self._regions = [self._newest] * self._newest.workers
+        newest = _open_current(self._run_dir, writable=False)
+        self._newest: _Segment | _ClosedSegment = newest
+        self._regions = [newest] * newest.workers
         self._is_closed = False
 
     @property
@@ -758,6 +772,7 @@ class LeaderTableReader:
         self._is_closed = True
         self._kept = {}
         self._regions = []
+        self._newest = _ClosedSegment(self._newest)
 
     def _adopt(self, newest: _Segment) -> None:
         # Old segments are left to the garbage collector: another thread may be in the middle of one.
@@ -776,6 +791,8 @@ class LeaderTableReader:
             if self._newest.words[_RETIRED] == _STOPPED:
                 return None
         newest, regions = self._newest, self._regions
+        if isinstance(newest, _ClosedSegment):  # by another thread just now
+            return None
         region = shard_of(name, newest.workers)
         if region >= len(regions):  # closed, or adopted, by another thread just now
             return None
