@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -49,6 +50,7 @@ from raftfleet.core.host_messages import (
 from raftfleet.core.member import CAUGHT_UP_ENTRIES, ConfigChangeRefused, Member
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, check_group_name, shard_of
 from raftfleet.core.progress import REPLICATE
+from raftfleet.core.sessions import size_refusal
 from raftfleet.core.shard import Shard, ShardSettings
 from raftfleet.fleet.machine import FleetMachine, FleetState, Group, Node
 from raftfleet.fleet.reconcile import (
@@ -69,6 +71,7 @@ from raftfleet.fleet.requests import (
     NO_LEADER,
     ON_ITS_WAY,
     OUTCOME_UNKNOWN,
+    UNANSWERED,
     Request,
 )
 
@@ -93,7 +96,6 @@ HELLO_OP, COMMAND_OP, QUERY_OP, CALL_OP = 0, 1, 2, 3
 
 OPEN_REQUESTS_MAX = 16_384
 OPEN_BYTES_MAX = 64 << 20
-COMMAND_HEADER_BYTES_MAX = 64
 RETRY_PARKED_US = 50_000
 SWEEP_US = 10_000_000
 RECONCILE_RETRY_US = 300_000
@@ -102,6 +104,7 @@ LEARNERS_AT_ONCE_MAX = 32
 """Groups led here that may be bringing in a learner at a time: each may cost a snapshot."""
 PATIENCE_US = 10_000_000
 """A voter of the fleet group unheard for so long makes way for another node."""
+ASK_WHO_LEADS_US = 250_000
 IMPORT_CHECK_US = 3_000_000
 DROP_WAIT_US = 1_000_000
 FLEET_CONFIG = GroupConfig("raftfleet.fleet.machine:FleetMachine", log_entries_kept=4096)
@@ -196,6 +199,11 @@ class Host:
         self._checking: dict[str, list[Request]] = {}
         self._awaiting_feed: dict[str, list[Request]] = {}
         self._forwarded: dict[int, Request] = {}
+        self._newest_forward: dict[int, int] = {}
+        self._moved: dict[int, None] = {}
+        self._asking: dict[int, None] = {}
+        self._leaderless: dict[int, None] = {}
+        self._guess_count = 0
         self._next_id = 1
         self._forwards: dict[int, list[ForwardRequest]] = {}
         self._answers: dict[int, list[ForwardReply]] = {}
@@ -206,7 +214,7 @@ class Host:
         self._reconcile: dict[int, None] = {}
         self._reconcile_later: dict[int, None] = {}
         self._pinned: dict[int, int] = {}
-        self._catching_up: dict[int, None] = {}
+        self._catching_up: dict[int, int] = {}  # uid -> since when
         self._introduced: dict[int, int] = {}
         self._import_ok: dict[tuple[int, str, str | None], None] = {}
         self._delayed: list[tuple[int, Callable[[], None]]] = []
@@ -234,7 +242,7 @@ class Host:
     def next_deadline_us(self) -> int:
         """When :meth:`tick` wants to be called next."""
         deadline_us = self.shard.next_deadline_us()
-        if self._open or self._parked or self._rpcs or self._delayed:
+        if self._open or self._parked or self._rpcs or self._delayed or self._moved or self._leaderless:
             deadline_us = min(deadline_us, self._next_retry_us)
         if self._reconcile:
             deadline_us = min(deadline_us, self.now_us + 1000)
@@ -249,6 +257,10 @@ class Host:
         if now_us >= self._next_retry_us:
             self._next_retry_us = now_us + RETRY_PARKED_US
             self._expire(now_us)
+            if self._moved:
+                self._follow_leaders()
+            if self._leaderless:
+                self._look_for_leaders()
             if self._parked:
                 parked = self._parked
                 self._parked = {}
@@ -264,13 +276,46 @@ class Host:
             self._next_sweep_us = now_us + SWEEP_US
             self._sweep()
 
+    def _follow_leaders(self) -> None:
+        """Requests that wait for the answer of a leader that was replaced go to the new one.
+
+        A session answers a command that comes twice with what its first execution gave.
+        """
+        moved, self._moved = self._moved, {}
+        for request in [r for r in self._forwarded.values() if r.uid in moved]:
+            known = self.leaders.get(request.uid)
+            if known is not None and known[1] != request.sent_to:
+                self._forwarded.pop(request.forward_id, None)
+                request.forward_id = 0
+                request.maybe |= IN_A_LOG
+                self._route(request)
+
+    def _look_for_leaders(self) -> None:
+        """Members that lost their leader and follow one again: the same one does not announce itself twice."""
+        for uid in list(self._leaderless):
+            member = self.shard.members.get(uid)
+            if member is None or member.lead is not None or uid in self.leaders:
+                del self._leaderless[uid]
+            elif member.leader:
+                del self._leaderless[uid]
+                self._learn_leader(uid, member.term, member.leader)
+
     def _expire(self, now_us: int) -> None:
         for request in [request for request in self._open if request.deadline_us <= now_us]:
+            if request.forward_id:
+                # Its leader may be dead without our knowing: the next request asks around.
+                known = self.leaders.get(request.uid)
+                if known is not None and known[1] == request.sent_to:
+                    del self.leaders[request.uid]
             self._finish_request(request, request.overdue_code(), "no answer before the deadline")
         for request_id, (deadline_us, answer) in list(self._rpcs.items()):
             if deadline_us <= now_us:
                 del self._rpcs[request_id]
                 answer(NO_LEADER, "no answer before the deadline")
+        for name, requests in list(self._awaiting_feed.items()):
+            requests[:] = [request for request in requests if not request.done]
+            if not requests:
+                del self._awaiting_feed[name]
         due = [row for row in self._delayed if row[0] <= now_us]
         if due:
             self._delayed = [row for row in self._delayed if row[0] > now_us]
@@ -287,6 +332,10 @@ class Host:
         if self.fleet_known:
             for group in self.fleet.groups.values():
                 self._maybe_create(group)
+            for uid in [uid for uid in self._dead_early if self.fleet.is_dead_uid(uid)]:
+                self._dead_early.discard(uid)
+            for instance in [i for i in self._newest_forward if i in self.fleet.gone]:
+                del self._newest_forward[instance]
         links = self.shard.links
         for peer in [peer for peer, link in links.items() if not link.in_use and peer not in self.addresses]:
             del links[peer]
@@ -294,7 +343,7 @@ class Host:
 
     def flush(self) -> None:
         """Before sending: what the shard has to say, and what this host queued."""
-        for uid in list(self._reconcile)[:RECONCILE_PER_ROUND] if self._reconcile else ():
+        for uid in list(islice(self._reconcile, RECONCILE_PER_ROUND)) if self._reconcile else ():
             del self._reconcile[uid]
             self._reconcile_group(uid)
         self.shard.flush()
@@ -479,9 +528,15 @@ class Host:
         if request.done:
             return
         request.done = True
+        if request.maybe & IN_A_LOG and NO_LEADER <= code <= UNANSWERED and request.op == OP_COMMAND:
+            # What became of the last try is known, but an earlier one was in a log.
+            code, body = OUTCOME_UNKNOWN, f"it was in the log of a leader that was deposed; then: {body}"
         if request in self._open:
             del self._open[request]
             self._open_bytes -= len(request.body)
+        if request.forward_id:
+            self._forwarded.pop(request.forward_id, None)
+            request.forward_id = 0
         self._answer(request, code, body)
 
     def _answer(self, request: Request, code: int, body: Any) -> None:
@@ -508,15 +563,10 @@ class Host:
                     self._group_changed(request)
                     return
                 request.uid = uid
-            if request.op == OP_COMMAND and len(request.body) > COMMAND_HEADER_BYTES_MAX:
-                limit = group.config.get("command_bytes_max", 1 << 20)
-                if len(request.body) > limit + COMMAND_HEADER_BYTES_MAX:
-                    self._finish_request(
-                        request,
-                        TOO_LARGE,
-                        f"the argument has about {len(request.body)} bytes; the limit of group {name} is "
-                        f"command_bytes_max = {limit}",
-                    )
+            if request.op == OP_COMMAND:
+                refusal = size_refusal(name, len(request.body), group.config["command_bytes_max"])
+                if refusal is not None:
+                    self._finish_request(request, TOO_LARGE, refusal)
                     return
         member = self.shard.members.get(uid)
         if member is not None:
@@ -539,15 +589,42 @@ class Host:
             known = self.leaders.get(uid)
             if known is not None and known[1] != self.instance:
                 leader = known[1]
-        if not leader or (guess and request.attempts % 2):
-            leader = self._guess(request, uid)
         request.attempts += guess
+        if request.consistency and request.op == OP_QUERY:
+            if not leader or request.attempts % 2:
+                leader = self._guess(uid)  # any member will do
+        elif (not leader and (member is None or request.attempts > 4)) or (guess and request.attempts % 2 == 0):
+            self._ask_who_leads(uid)
         if leader:
             self._forward(request, leader)
         else:
             self._parked.setdefault(uid, []).append(request)
 
-    def _guess(self, request: Request, uid: int) -> int:
+    def _ask_who_leads(self, uid: int) -> None:
+        """Ask some member, one at a time. The requests themselves wait meanwhile.
+
+        They are sent only to whom somebody holds for the leader: one that was sent to a guess, and got no answer, could
+        not be told any more that it was not applied.
+        """
+        if uid in self._asking:
+            return
+        instance = self._guess(uid)
+        if not instance:
+            return
+        self._asking[uid] = None
+
+        def answered(code: int, body: Any) -> None:
+            self._asking.pop(uid, None)
+            if code == GONE_UID:
+                for request in self._parked.pop(uid, ()):
+                    if not request.done:
+                        self._dead_uid_met(request)
+            elif code == OK and body[0] and body[0] != self.instance:
+                self._learn_leader(uid, body[1], body[0])
+
+        self.rpc(instance, "who_leads", {"uid": uid}, answered, ASK_WHO_LEADS_US)
+
+    def _guess(self, uid: int) -> int:
         """Some member of the group, each time another: it will say who leads."""
         if uid == FLEET_UID:
             candidates = [node.instances[0] for node in self.fleet.nodes.values()]
@@ -558,12 +635,18 @@ class Host:
             candidates = [instance for _, instance in self.fleet.desired(group)]
             candidates += [instance for _, instance in group.members if instance not in candidates]
         candidates = [i for i in candidates if i != self.instance and i not in self.fleet.gone]
-        return candidates[(request.attempts // 2) % len(candidates)] if candidates else 0
+        if not candidates:
+            return 0
+        # Another one each time, over all requests: the first may be the very node that is down.
+        self._guess_count += 1
+        return candidates[self._guess_count % len(candidates)]
 
     def _forward(self, request: Request, instance: int) -> None:
         request_id = self._next_id
         self._next_id += 1
         self._forwarded[request_id] = request
+        request.forward_id = request_id
+        request.sent_to = instance
         timeout_ms = max(1, (request.deadline_us - self.now_us) // 1000)
         item = ForwardRequest(request_id, request.op, request.uid, timeout_ms, request.consistency, request.body)
         queue = self._forwards.get(instance)
@@ -572,13 +655,18 @@ class Host:
         else:
             queue.append(item)
         request.maybe |= ON_ITS_WAY
-        if len(self._forwarded) > 4 * OPEN_REQUESTS_MAX:
-            self._forwarded = {i: r for i, r in self._forwarded.items() if not r.done}
 
     def _on_forward(self, sender: int, requests: list[ForwardRequest]) -> None:
         members = self.shard.members
         now_us = self.now_us
+        # A request is taken once: should a network bring one again, later, it may find a leader where the first found
+        # none, and the client was told by then that nothing happened. Ids of one sender rise.
+        newest_id = self._newest_forward.get(sender, 0)
         for request_id, op, uid, timeout_ms, consistency, body in requests:
+            if request_id <= newest_id:
+                self.count("forwards_repeated")
+                continue
+            self._newest_forward[sender] = newest_id = request_id
             member = members.get(uid)
             if member is None:
                 answer = (GONE_UID, None) if self._is_dead(uid) else (NOT_LEADER, [0, 0])
@@ -598,6 +686,7 @@ class Host:
                 continue
             self._open[request] = None
             self._open_bytes += len(body)
+            request.maybe = ON_ITS_WAY  # should its deadline pass here: the sender is told no more than is known
             if op == OP_COMMAND:
                 member.propose(body, request)
             else:
@@ -606,8 +695,9 @@ class Host:
     def _on_forward_answer(self, sender: int, replies: list[ForwardReply]) -> None:
         for request_id, code, body in replies:
             request = self._forwarded.pop(request_id, None)
-            if request is None or request.done:
+            if request is None:
                 continue
+            request.forward_id = 0
             if code == NOT_LEADER:
                 request.maybe &= ~ON_ITS_WAY
                 self._on_wrong_guess(request, sender, body)
@@ -1010,9 +1100,18 @@ class Host:
         return member.name if member is not None else f"uid {uid}"
 
     def _lost_leader(self, uid: int) -> None:
-        self.leaders.pop(uid, None)
         member = self.shard.members.get(uid)
+        known = self.leaders.get(uid)
+        if (
+            known is not None
+            and member is not None
+            and (known[0] > member.term or (known[0] == member.term and known[1] == member.leader))
+            and known[1] != self.instance
+        ):
+            return  # the next leader was there before this was told
+        self.leaders.pop(uid, None)
         if member is not None:
+            self._leaderless[uid] = None
             self._out.table.append(("leaderless", member.name, uid))
 
     def _learn_leader(self, uid: int, term: int, instance: int) -> None:
@@ -1021,6 +1120,8 @@ class Host:
             return
         if known != (term, instance):
             self.leaders[uid] = (term, instance)
+            if self._forwarded:
+                self._moved[uid] = None
             group = self.fleet.groups.get(uid)
             if group is not None:
                 if self._known.get(group.name) == uid:
@@ -1075,6 +1176,12 @@ class Host:
         if member is None or member.lead is None or not self.fleet_known:
             return
         view = self._view(member)
+        since_us = self._catching_up.get(uid)
+        if since_us is not None and (
+            not view.learners
+            or (self.now_us - since_us > PATIENCE_US and not any(learner in view.live for learner in view.learners))
+        ):
+            del self._catching_up[uid]  # it came to nothing, or is not heard and costs no snapshot
         learners: list[int] = []
         if uid == FLEET_UID:
             desired = fleet_voters(self.fleet, view.voters, self._patiently_live(member), self.instance)
@@ -1117,7 +1224,7 @@ class Host:
                 if len(self._catching_up) >= LEARNERS_AT_ONCE_MAX and uid not in self._catching_up:
                     self._reconcile_later[uid] = None
                     return
-                self._catching_up[uid] = None
+                self._catching_up.setdefault(uid, self.now_us)
             member.add_learner(step.instance)
         elif isinstance(step, Promote):
             member.promote(step.instance)
@@ -1137,20 +1244,16 @@ class Host:
             self._reconcile_later[uid] = None
 
     def drain(self) -> None:
-        """Hand all leaderships over, to whom is caught up, or at least say that this shard leads no more."""
+        """Hand each leadership over to the voter that lacks least (under load none is ever quite level)."""
         for member in list(self.shard.members.values()):
             lead = member.lead
             if lead is None:
                 continue
-            best = 0
-            for voter in member.voters:
-                progress = lead.progress.get(voter)
-                if progress is not None and progress.match == member.last_index and voter in member.live_members():
-                    best = voter
-                    break
+            live = member.live_members()
+            heirs = [voter for voter in member.voters if voter in live and voter != self.instance]
             try:
-                if best:
-                    member.transfer(best)
+                if heirs:
+                    member.transfer(max(heirs, key=lambda voter: lead.progress[voter].match))
             except ConfigChangeRefused:
                 pass
 
@@ -1198,6 +1301,8 @@ class Host:
                     self._dead_early.add(uid)
                 self.shard.remove_group(uid)
                 answer(OK, {})
+            elif method == "who_leads":
+                answer(*self._rpc_who_leads(int(args["uid"])))
             elif method == "group_status":
                 answer(*self._rpc_group_status(int(args["uid"])))
             elif method == "transfer":
@@ -1218,6 +1323,12 @@ class Host:
         except Exception as error:
             return NOT_IMPORTABLE, [self.settings.node, f"{type(error).__name__}: {error}"]
         return OK, {}
+
+    def _rpc_who_leads(self, uid: int) -> tuple[int, Any]:
+        if self._is_dead(uid):
+            return GONE_UID, None
+        member = self.shard.members.get(uid)
+        return OK, [member.leader, member.term] if member is not None else [0, 0]
 
     def _rpc_group_status(self, uid: int) -> tuple[int, Any]:
         member = self.shard.members.get(uid)
@@ -1419,9 +1530,7 @@ class Host:
         known = self.leaders.get(uid)
         if known is not None and attempt % 2 == 0:
             return known[1]
-        request = Request(FROM_HOST, 0, 0, OP_QUERY, "", uid, 0, 0, b"")
-        request.attempts = attempt
-        return self._guess(request, uid)
+        return self._guess(uid)
 
     def _call_replace_leader(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         group = self._group_named(args["name"])

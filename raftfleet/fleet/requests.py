@@ -35,12 +35,14 @@ class Request:
         "consistency",
         "deadline_us",
         "done",
+        "forward_id",
         "given_uid",
         "maybe",
         "name",
         "op",
         "origin",
         "request_id",
+        "sent_to",
         "source",
         "uid",
     )
@@ -71,6 +73,8 @@ class Request:
         self.answer = answer
         self.maybe = 0  # bits ON_ITS_WAY, IN_A_LOG: whether it may have reached a leader's log
         self.attempts = 0
+        self.forward_id = 0  # of the one FORWARD of it that is under way; 0: none
+        self.sent_to = 0  # the instance that it was last forwarded to
         self.done = False
 
     def overdue_code(self) -> int:

@@ -32,10 +32,11 @@ from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
 from raftfleet.fleet.machine import FleetState, Group
+from raftfleet.fleet.reconcile import fleet_voters
 from raftfleet.node.machines import MachineLoader
 from raftfleet.testing.checkers import ClusterChecker, HistoryChecker
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US, EventQueue
-from raftfleet.testing.model import GroupRecord, RegistersMachine
+from raftfleet.testing.model import GroupRecord, ModelState, RegistersMachine
 from raftfleet.testing.network import DROP, SimNetwork
 from raftfleet.testing.shards import WALL_EPOCH_US
 from raftfleet.testing.sim_client import SimFleetClient
@@ -80,7 +81,7 @@ class _Registers(RegistersMachine):
 
     def __init__(self, history: HistoryChecker) -> None:
         self.history = history
-        self.latest = None
+        self.latest: ModelState | None = None
         self.context = CommandContext()
 
     @property
@@ -269,8 +270,15 @@ class SimNode:
             self._tend_deactivation(mine.active)
 
     def _instances_told(self, code: int, body: Any) -> None:
-        if code == ipc.REFUSED and "has no node" in str(body):
+        if code != ipc.REFUSED:
+            return
+        if "has no node" in str(body):
             self.leave(joins_again=not self.is_deactivating)
+            return
+        # What this node remembers is out of date, and its worker 0 is in no position to learn: ask another node.
+        for other in self.fleet.reachable_from(self):
+            if other.state is not None and other.workers[0] is not None:
+                self._state = other.state
 
     def _set_fleet(self) -> None:
         state = self.state or self.fleet.any_state()
@@ -335,7 +343,10 @@ class SimNode:
             if then is not None:
                 then(code, body)
 
-        self.call(0, "fleet_command", {"command": command, "timeout_ms": 1000}, 1500, answered)
+        if self.state is None:
+            answered(ipc.NOT_ACTIVE, "not in the fleet yet")
+        else:
+            self.call(0, "fleet_command", {"command": command, "timeout_ms": 1000}, 1500, answered)
 
 
 class SimFleet:
@@ -578,6 +589,9 @@ class SimFleet:
         for worker in self.live_workers():
             strangers = [uid for uid in worker.host.shard.members if uid and uid not in state.groups]
             found += [f"{worker.node.name}/{worker.index} hosts group {uid}, which is no more" for uid in strangers]
+        for node in state.nodes.values():
+            if self.nodes[node.name].instances != list(node.instances):
+                found.append(f"{node.name} runs {self.nodes[node.name].instances}, the fleet knows {node.instances}")
         leader = self.leader_of(FLEET_GROUP)
         if leader is None:
             return [*found, "the fleet group has no leader"]
@@ -585,6 +599,8 @@ class SimFleet:
         wanted = sorted(node.instances[0] for node in state.nodes.values())
         if sorted((*member.voters, *member.learners)) != wanted:
             found.append(f"the fleet group has {member.membership}, wanted are {wanted}")
+        if set(member.voters) != set(fleet_voters(state, member.voters)):
+            found.append(f"in the fleet group vote {member.voters}")
         return found
 
     def _unsettled_group(self, state: FleetState, group: Group) -> list[str]:

@@ -188,6 +188,7 @@ class SimWorker:
         table: its region of the node's leader table, by name.
         notes: lines that it logged.
         connections: open local connections, by id.
+        is_feed_held: the fleet's news waits, as on a busy machine, until :meth:`release_feed`.
     """
 
     def __init__(self, fleet: SimFleet, node: SimNode, index: int, instance: int, rng: random.Random) -> None:
@@ -211,6 +212,8 @@ class SimWorker:
         self._work: list[Callable[[Host], None]] = []
         self._turn_at_us = -1
         self._wake_us = -1
+        self._held_pushes: list[list[Any]] = []
+        self.is_feed_held = False
         self.feed: Channel | None = None
         if index != 0:
             self.feed = Channel(fleet, lambda: node.workers[0], self._feed_up, self._feed_pushed)
@@ -371,7 +374,17 @@ class SimWorker:
 
         self.fleet.queue.after(0, watch)
 
+    def release_feed(self) -> None:
+        """What was held comes now."""
+        self.is_feed_held = False
+        held, self._held_pushes = self._held_pushes, []
+        for push in held:
+            self._feed_pushed(push)
+
     def _feed_pushed(self, push: list[Any]) -> None:
+        if self.is_feed_held:
+            self._held_pushes.append(push)
+            return
         if push[0] == "fleet":
             self.work(lambda host: host.on_feed(push[1], push[2], push[3]))
         elif push[0] == "fleet_reset":

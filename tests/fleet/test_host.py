@@ -42,6 +42,11 @@ def serving_node(fleet: SimFleet, name: str) -> str:
     return leader.node.name
 
 
+def is_led_by(fleet: SimFleet, name: str, node: str) -> bool:
+    leader = fleet.leader_of(name)
+    return leader is not None and leader.node.name == node
+
+
 # ---------------------------------------------------------------- groups, and the way to them
 
 
@@ -689,3 +694,81 @@ def test_the_same_seed_gives_the_same_run():
         return fleet.queue.event_count, fleet.nodes["n2"].instances[0], fleet.story
 
     assert run() == run()
+
+
+# ---------------------------------------------------------------- moments that are seldom met
+
+
+def test_a_removed_group_serves_nobody_though_its_members_have_not_heard_of_it_from_the_fleet():
+    fleet = started(FOUR)
+    name = next(name for name in map(str, range(100)) if shard_of(name, 2) == 1)
+    fleet.add_group(name)
+    for node in fleet.nodes.values():
+        worker = node.workers[1]
+        assert worker is not None
+        worker.is_feed_held = True
+    fleet.remove_group(name)
+    for node in FOUR:
+        client = fleet.client(node)
+        with pytest.raises(errors.GroupNotFound):
+            client.result(client.query(name, "get"))
+    for node in fleet.nodes.values():
+        worker = node.workers[1]
+        assert worker is not None
+        worker.release_feed()
+    rest(fleet)
+
+
+def test_a_command_that_was_in_a_deposed_leaders_log_is_never_said_to_be_not_applied(monkeypatch):
+    fleet = started(FOUR)
+    fleet.add_group("group")
+    fleet.run_for(1)
+    home = serving_node(fleet, "group")
+    client = fleet.client(home)
+    fleet.cut_off(home)
+    call = client.command("group", "inc", timeout=8, retry=0)
+    fleet.run_for(0.5)
+    monkeypatch.setattr(host_module, "OPEN_REQUESTS_MAX", 0)  # the next leader has no room
+    fleet.run_for(4)
+    fleet.heal()
+    with pytest.raises(errors.OutcomeUnknown, match="deposed"):
+        client.result(call)
+
+
+def test_a_table_names_the_leader_again_soon_after_a_follower_did_not_hear_it_for_a_while():
+    fleet = started(FOUR)
+    uid = fleet.add_group("group")
+    fleet.run_for(1)
+    leader = fleet.leader_of("group")
+    assert leader is not None
+    follower = next(w.node for w, _ in fleet.members_of(uid) if w is not leader)
+    fleet.network.cut(leader.node.place, follower.place)
+    fleet.run_for(2.5)
+    row = follower.lookup("group")
+    assert row is not None
+    assert row.node is None
+    fleet.heal()
+    fleet.run_for(1.5)
+    row = follower.lookup("group")
+    assert row is not None
+    assert row.node == leader.node.name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_news_of_a_new_leader_is_not_undone_by_that_of_the_old_ones_end(seed):
+    fleet = started(FOUR, seed, slow_turn=1.0)  # whatever comes within 20 ms is taken in one turn
+    uids = [fleet.add_group(f"group {number}") for number in range(10)]
+    fleet.run_for(1)
+    for round_ in range(2):
+        for uid in uids:
+            group = fleet.any_state().groups[uid]  # type: ignore[union-attr]
+            target = fleet.any_state().desired(group)[1 - round_][0]  # type: ignore[union-attr]
+            fleet.call("n1", "replace_leader", {"name": group.name, "node": target})
+            fleet.run_until(lambda: is_led_by(fleet, group.name, target), "handed over", 2)  # noqa: B023
+        fleet.run_for(0.2)
+        for uid in uids:
+            name = fleet.any_state().groups[uid].name  # type: ignore[union-attr]
+            for node in fleet.nodes.values():
+                row = node.lookup(name)
+                assert row is not None
+                assert row.node == serving_node(fleet, name), (node.name, name)
