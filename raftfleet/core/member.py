@@ -547,6 +547,10 @@ class Member:
         if lead is None:
             self.shard.reply(token, NOT_LEADER, (self.leader, self.term))
             return
+        refusal = session_rules.size_refusal(self.name, len(command), self.config.command_bytes_max)
+        if refusal is not None:
+            self.shard.reply(token, TOO_LARGE, refusal)
+            return
         lead.batch.append((command, token))
         lead.batch_bytes += len(command)
         self.shard.set_dirty(self)
@@ -1234,25 +1238,20 @@ class Member:
         context.term = entry.term
         context.time_us = time_us
         shard = self.shard
-        limit = self.config.command_bytes_max
         with shard.user_code(self):
             for position, command in enumerate(commands):
                 context.position = position
-                outcome = self._apply_command(table, command, time_us, limit, tokens is not None)
+                outcome = self._apply_command(table, command, time_us, tokens is not None)
                 if tokens is not None:
                     code, body = outcome
                     shard.reply(tokens[position], code, body if code == OK else failure_body(code, body))
         shard.on_applied(self, index, time_us, commands)
 
-    def _apply_command(
-        self, table: Sessions, command: bytes, time_us: int, limit: int, leading: bool
-    ) -> tuple[int, Any]:
+    def _apply_command(self, table: Sessions, command: bytes, time_us: int, leading: bool) -> tuple[int, Any]:
         try:
-            client_id, seq, acked, issued_us, arg = session_rules.parse_command(command, limit)
+            client_id, seq, acked, issued_us, arg = session_rules.parse_command(command)
         except ValueError as error:
             return BAD_REQUEST, str(error)
-        except OverflowError:
-            return TOO_LARGE, f"the argument is larger than command_bytes_max = {limit}"
         admitted = table.admit(client_id, seq, acked, issued_us, time_us)
         if type(admitted) is not Session:
             return admitted  # type: ignore[return-value]

@@ -31,12 +31,26 @@ RESULTS_PER_SESSION_MAX = 4096
 NIL = b"\xc0"
 
 
-def parse_command(data: bytes, arg_bytes_max: int) -> tuple[bytes, int, int, int, bytes]:
+COMMAND_HEADER_BYTES_MAX = 64
+"""What a command may have besides its argument: client id, three numbers, and msgpack's headers."""
+
+
+def size_refusal(group: str, size_bytes: int, limit: int) -> str | None:
+    """Why a packed command of that size is not taken, or None if it is.
+
+    Asked on the way in and never when a command is applied: the limit may change while commands are under way, and
+    replicas must not differ over it.
+    """
+    if size_bytes <= limit + COMMAND_HEADER_BYTES_MAX:
+        return None
+    return f"the argument has about {size_bytes} bytes; the limit of group {group} is command_bytes_max = {limit}"
+
+
+def parse_command(data: bytes) -> tuple[bytes, int, int, int, bytes]:
     """Take a command's header apart: ``(client_id, seq, acked, issued_us, arg)``.
 
     Raises:
         ValueError: the bytes are not a command.
-        OverflowError: the argument is larger than ``arg_bytes_max``.
     """
     try:
         client_id, seq, acked, issued_us, arg = msgpack.unpackb(data)
@@ -53,8 +67,6 @@ def parse_command(data: bytes, arg_bytes_max: int) -> tuple[bytes, int, int, int
         or not 0 <= issued_us < 1 << 63
     ):
         raise ValueError("a command's header has a wrong field")
-    if len(arg) > arg_bytes_max:
-        raise OverflowError(len(arg))
     return client_id, seq, acked, issued_us, arg
 
 

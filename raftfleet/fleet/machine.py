@@ -48,6 +48,9 @@ NOT_ACTIVE = 18
 REFUSED = 19
 """Codes of refusals, as in the client protocol (raftfleet.wire.ipc; fleet imports core only)."""
 
+FIXED_SETTINGS = ("machine", "session_ttl_s", "session_count_max")
+"""What applying a command depends on: members learn of a change at different entries, and would differ for ever."""
+
 GONE_COUNT_MAX = 10_000
 """Instances remembered as gone: two per restart of a small node, so months of a hundred nodes' restarts."""
 
@@ -409,8 +412,13 @@ class FleetState:
             settings = GroupConfig.from_dict(config).to_dict()
         except (ValueError, TypeError) as error:
             raise FleetRefused(BAD_REQUEST, str(error)) from error
-        if settings["machine"] != group.config["machine"]:
-            raise FleetRefused(REFUSED, f"{group.name!r} runs {group.config['machine']}: a group keeps its machine")
+        kept = [field for field in FIXED_SETTINGS if settings[field] != group.config[field]]
+        leases = settings["clock_drift_margin"] is not None or group.config["clock_drift_margin"] is not None
+        if leases and settings["election_timeout_s"] != group.config["election_timeout_s"]:
+            kept.append("election_timeout_s (of a group with clock_drift_margin)")
+        if kept:
+            text = f"{group.name!r} keeps its {', '.join(kept)}: these are settled when a group is added"
+            raise FleetRefused(REFUSED, text)
         group.config = settings
         return {"uid": group.uid}
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
 from raftfleet.fleet import machine as fleet_machine
 from raftfleet.fleet.machine import FleetMachine, FleetRefused, FleetState
@@ -73,9 +74,27 @@ def test_adding_twice_and_removing_twice_are_refused(state: FleetState) -> None:
 
 def test_a_group_keeps_its_machine_when_its_config_changes(state: FleetState) -> None:
     state.apply(["add_group", "g", 3, CONFIG], 0)
-    state.apply(["change_config", "g", CONFIG | {"session_ttl_s": 5.0}], 0)
-    assert state.by_name["g"].group_config().session_ttl_s == 5.0
+    state.apply(["change_config", "g", CONFIG | {"election_timeout_s": 5.0}], 0)
+    assert state.by_name["g"].group_config().election_timeout_s == 5.0
     assert "keeps its machine" in refused(state, ["change_config", "g", {"machine": "other:M"}]).message
+
+
+def test_a_group_keeps_what_applying_its_commands_depends_on(state: FleetState) -> None:
+    state.apply(["add_group", "g", 3, CONFIG], 0)
+    for field, value in (("session_ttl_s", 5.0), ("session_count_max", 7)):
+        assert f"keeps its {field}" in refused(state, ["change_config", "g", CONFIG | {field: value}]).message
+    assert state.by_name["g"].config == GroupConfig.from_dict(CONFIG).to_dict()
+
+
+def test_the_election_timeout_of_a_group_with_leases_stays(state: FleetState) -> None:
+    leased = CONFIG | {"clock_drift_margin": 0.1}
+    state.apply(["add_group", "g", 3, leased], 0)
+    assert (
+        "keeps its election_timeout_s"
+        in refused(state, ["change_config", "g", leased | {"election_timeout_s": 5.0}]).message
+    )
+    state.apply(["change_config", "g", CONFIG], 0)
+    state.apply(["change_config", "g", CONFIG | {"election_timeout_s": 5.0}], 0)
 
 
 def test_the_last_active_node_stays_while_there_are_groups(state: FleetState) -> None:
@@ -219,7 +238,7 @@ def random_command(rng: random.Random) -> list[Any]:
     if kind == 6:
         return ["remove_group", rng.choice("ghij")]
     if kind == 7:
-        return ["change_config", rng.choice("ghij"), CONFIG | {"session_ttl_s": float(rng.randrange(1, 9))}]
+        return ["change_config", rng.choice("ghij"), CONFIG | {"election_timeout_s": float(rng.randrange(1, 9))}]
     return ["add_group", rng.choice("ghij"), rng.randrange(1, 5), CONFIG]
 
 
