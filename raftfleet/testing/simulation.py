@@ -557,6 +557,8 @@ class Simulation:
                 for shard in self.live_shards()
                 if uid in shard.core.members and shard.core.members[uid].voters
             }
+            if not views:
+                return False  # its members are still being made, behind a pause
             if not any(victim.instance in voters for voters in views):
                 continue
             if len(views) != 1:
