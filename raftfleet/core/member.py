@@ -1473,6 +1473,9 @@ class Member:
         dead = self.lost_majority()
         if dead is None:
             return False
+        if self.config.on_majority_loss == "new":
+            self.shard.event("majority_lost", self.uid, sorted(dead))
+            return True
         survivors = [voter for voter in self.membership.voters if voter not in dead]
         if not survivors:
             # Only learners are left: the one with the smallest instance goes on alone with what it has.

@@ -971,6 +971,8 @@ class Host:
                 group = self.fleet.by_name.get(command[1])
                 if uid is not None and (group is None or group.uid != uid):
                     self._group_removed(command[1], uid)
+            elif what == "renew_group":
+                self._group_renewed(command[1])
             elif what == "change_config":
                 self._config_changed(command[1])
         if self.fleet.node_version != self._seen_node_version:
@@ -1046,6 +1048,28 @@ class Host:
             if not request.done:
                 self._check_name(request)
 
+    def _group_renewed(self, uid: int) -> None:
+        for name in [name for name, known in self._known.items() if known == uid]:
+            self._group_removed(name, uid)
+            group = self.fleet.by_name.get(name)
+            if group is not None:
+                self._group_added(group)
+
+    def _renew(self, uid: int, dead: list[int]) -> None:
+        """A group here has lost its majority for good, and its config says to begin anew then."""
+
+        def answered(code: int, body: Any) -> None:
+            self.note("warning", f"group {self._name(uid)}: majority lost, begun anew: {body}")
+
+        command = ["renew_group", uid, dead]
+        if self.settings.index == 0:
+            self._fleet_command(command, 5_000_000, answered)
+        else:
+            token = self._next_id
+            self._next_id += 1
+            self._upcalls[token] = answered
+            self._out.upcalls.append((token, "fleet_command", {"command": command, "timeout_ms": 5000}))
+
     def _config_changed(self, name: str) -> None:
         group = self.fleet.by_name.get(name)
         if group is None:
@@ -1093,6 +1117,8 @@ class Host:
         elif kind == "snapshot_failed":
             self.count("snapshot_failures")
             self.note("error", f"group {self._name(uid)}: its state could not be dumped or loaded: {event[2]}")
+        elif kind == "majority_lost":
+            self._renew(uid, event[2])
         elif kind == "recovered":
             self.note("warning", f"group {self._name(uid)}: majority lost and declared dead; went on: {event[2]}")
 

@@ -21,6 +21,7 @@ Commands are lists, first item a str::
     ["remove_node", node, reason, [instance, ...]]       reason: "operator" or "purged"; instances: as the asker knows
     ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
+    ["renew_group", uid, [instance, ...]]                on_majority_loss = "new": its lost voters, which are gone
 
 ``replaces`` and ``old`` are the node's instances as the asker knew them ([]: none): if they are others by now, the
 command is refused. Without this, a delayed command of a node's former life would declare its present one gone.
@@ -406,6 +407,21 @@ class FleetState:
         del self.by_name[group.name]
         return {"uid": group.uid, "members": members}
 
+    def _renew_group(self, epoch: int, uid: object, dead: object) -> dict[str, Any]:
+        """A group whose state can be rebuilt starts anew and empty, under its name, with a new uid (DESIGN 5.15)."""
+        group = self.groups.get(uid) if isinstance(uid, int) else None
+        if group is None:
+            raise FleetRefused(GROUP_NOT_FOUND, f"there is no group with uid {uid!r:.100}")
+        if group.config["on_majority_loss"] != "new":
+            raise FleetRefused(REFUSED, f"{group.name!r} has on_majority_loss = {group.config['on_majority_loss']}")
+        alive = [instance for instance in _parse_instances(dead) if instance not in self.gone]
+        if alive:
+            raise FleetRefused(REFUSED, f"instances {alive} are not known to be gone")
+        if not any(node.active for node in self.nodes.values()):
+            raise FleetRefused(NO_ACTIVE_NODE, "the fleet has no active node: activate one")
+        self._remove_group(epoch, group.name)
+        return self._add_group(epoch, group.name, group.replicas, group.config)
+
     def _change_config(self, epoch: int, name: object, config: object) -> dict[str, Any]:
         group = self._known_group(name)
         try:
@@ -523,6 +539,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "add_group": (FleetState._add_group, 3),
     "remove_group": (FleetState._remove_group, 1),
     "change_config": (FleetState._change_config, 2),
+    "renew_group": (FleetState._renew_group, 2),
 }
 
 
