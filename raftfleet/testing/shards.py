@@ -1,8 +1,8 @@
 """A shard without a process: the production core turned by simulated time and frames.
 
 This module does not know about faults; the simulation tells it when to pause and when to die. Each turn is the
-production loop in small: ``begin``, ``receive`` what has come, ``tick`` if a timer is due, ``finish``, send, answer. A pause may fall
-between two turns or into the middle of one.
+production loop in small: ``begin``, ``receive`` what has come, ``tick`` if a timer is due, ``finish``, send, answer. A
+pause may fall between two turns or into the middle of one.
 """
 
 from __future__ import annotations
