@@ -291,7 +291,11 @@ class Host:
                 self._route(request)
 
     def _look_for_leaders(self) -> None:
-        """Members that lost their leader and follow one again: the same one does not announce itself twice."""
+        """Members that lost their leader and follow one again.
+
+        The same one does not announce itself twice, and the notice of another may have come in the very turn in which
+        the loss was told, and been undone by it.
+        """
         for uid in list(self._leaderless):
             member = self.shard.members.get(uid)
             if member is None or member.lead is not None or uid in self.leaders:
@@ -1128,14 +1132,6 @@ class Host:
 
     def _lost_leader(self, uid: int) -> None:
         member = self.shard.members.get(uid)
-        known = self.leaders.get(uid)
-        if (
-            known is not None
-            and member is not None
-            and (known[0] > member.term or (known[0] == member.term and known[1] == member.leader))
-            and known[1] != self.instance
-        ):
-            return  # the next leader was there before this was told
         self.leaders.pop(uid, None)
         if member is not None:
             self._leaderless[uid] = None

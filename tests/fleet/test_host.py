@@ -42,11 +42,6 @@ def serving_node(fleet: SimFleet, name: str) -> str:
     return leader.node.name
 
 
-def is_led_by(fleet: SimFleet, name: str, node: str) -> bool:
-    leader = fleet.leader_of(name)
-    return leader is not None and leader.node.name == node
-
-
 # ---------------------------------------------------------------- groups, and the way to them
 
 
@@ -754,21 +749,19 @@ def test_a_table_names_the_leader_again_soon_after_a_follower_did_not_hear_it_fo
     assert row.node == leader.node.name
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_news_of_a_new_leader_is_not_undone_by_that_of_the_old_ones_end(seed):
-    fleet = started(FOUR, seed, slow_turn=1.0)  # whatever comes within 20 ms is taken in one turn
-    uids = [fleet.add_group(f"group {number}") for number in range(10)]
-    fleet.run_for(1)
-    for round_ in range(2):
-        for uid in uids:
-            group = fleet.any_state().groups[uid]  # type: ignore[union-attr]
-            target = fleet.any_state().desired(group)[1 - round_][0]  # type: ignore[union-attr]
-            fleet.call("n1", "replace_leader", {"name": group.name, "node": target})
-            fleet.run_until(lambda: is_led_by(fleet, group.name, target), "handed over", 2)  # noqa: B023
-        fleet.run_for(0.2)
-        for uid in uids:
-            name = fleet.any_state().groups[uid].name  # type: ignore[union-attr]
-            for node in fleet.nodes.values():
-                row = node.lookup(name)
-                assert row is not None
-                assert row.node == serving_node(fleet, name), (node.name, name)
+def test_the_news_of_a_new_leader_is_not_undone_by_that_of_the_old_ones_end():
+    for seed in range(15):  # the two are seldom taken in one turn: about once in two runs
+        fleet = started(FOUR, seed, slow_turn=1.0, slow_turn_us_max=60_000)
+        names = [f"group {number}" for number in range(20)]
+        for name in names:
+            fleet.add_group(name)
+        fleet.run_for(1)
+        for node in ("n1", "n2", "n3"):
+            fleet.cut_off(node)
+            fleet.run_for(3)
+            fleet.heal()
+            fleet.run_for(1)
+            for name in names:
+                rows = [node.lookup(name) for node in fleet.nodes.values()]
+                leader = fleet.leader_of(name)
+                assert leader is None or {row and row.node for row in rows} == {leader.node.name}, (seed, name, rows)
