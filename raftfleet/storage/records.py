@@ -205,8 +205,8 @@ def unpack_entries(record: Record) -> list[Entry]:
         raise ValueError(f"{count} entries do not fit into {len(body)} bytes")
     lengths = struct.unpack_from(f"<{count}I", body)
     entries = []
-    for at, length in enumerate(lengths):
-        entries.append(Entry(term, body[4 * count + at], body[offset : offset + length]))
+    for kind, length in zip(body[4 * count : offset], lengths, strict=True):
+        entries.append(Entry(term, kind, body[offset : offset + length]))
         offset += length
     if offset != len(body):
         raise ValueError(f"{count} entries of {offset} bytes in a body of {len(body)}")

@@ -4,9 +4,9 @@ Judgement (the reasons are in :mod:`raftfleet.storage.records`): a bad record of
 that never returned, so that batch is cut. Anything bad below is damage, charged to the group that owns it where that is
 known, and to every group that existed by then where it is not. Nothing here writes.
 
-Replay rules. ENTRIES at index i replace what is there from i on. FORWARD only fills in below what is there: it is a
-copy made while the original might still have been read, of entries that later ones may have replaced. RESET empties
-the log. FORGET and TOMBSTONE end the member. A group may have records before its GROUP record is seen, when the
+Replay rules. ENTRIES at index i replace what is there from i on, copies included. FORWARD only fills in below what is
+there: it is a copy of entries that were in force when it was made, and stands after entries that follow them. RESET
+empties the log. FORGET and TOMBSTONE end the member. A group may have records before its GROUP record is seen, when the
 segment with the first such record was freed after the record was written forward.
 """
 
@@ -56,15 +56,17 @@ class Replayed:
     base: int = 0  # index of the first entry, 0 while there was none
     entries: list[Entry] = field(default_factory=list)
     early: dict[int, Entry] = field(default_factory=dict)
-    log_bytes: int = 0
     doubts: list[tuple[str, str]] = field(default_factory=list)
     gap: tuple[str, str] | None = None
+    truncations: list[tuple[int, int, int]] = field(default_factory=list)  # (batch, ordinal, first index replaced)
 
-    def append(self, first: int, entries: list[Entry], where: str) -> None:
+    def append(self, first: int, entries: list[Entry], where: str, place: tuple[int, int]) -> None:
         """ENTRIES."""
         if not self.base:
             self.base = first
         end = self.base + len(self.entries)
+        if first < end or (self.early and first <= max(self.early)):
+            self.truncations.append((*place, first))
         if first > end:
             self.gap = (where, f"entries {end} to {first - 1} are missing before it")
             self.base = first
@@ -82,8 +84,6 @@ class Replayed:
         """FORWARD."""
         stop = self.base or first + len(entries)
         early = self.early
-        for index in [index for index in early if index >= first]:
-            del early[index]  # copies come in the order of their originals: this one replaced what came before
         for offset, entry in enumerate(entries):
             if first + offset < stop:
                 early[first + offset] = entry
@@ -93,6 +93,7 @@ class Replayed:
         self.base = index + 1
         self.entries = []
         self.early = {}
+        self.truncations = []
         self.gap = None
 
     def settle(self) -> None:
@@ -112,7 +113,6 @@ class Replayed:
         self.early = {}
         if not self.base:
             self.base = 1
-        self.log_bytes = sum(len(entry.data) for entry in self.entries)
 
 
 class Replay:
@@ -261,7 +261,7 @@ class Replay:
         kind, uid = record.kind, record.uid
         try:
             if kind == ENTRIES:
-                self._group(uid).append(record.index, unpack_entries(record), where)
+                self._group(uid).append(record.index, unpack_entries(record), where, (batch, ordinal))
             elif kind == FORWARD:
                 self._group(uid).forward(record.index, unpack_entries(record))
             elif kind == VOTE:

@@ -88,25 +88,31 @@ class Wal:
 
     # ------------------------------------------------------------------ what recovery found
 
-    def adopt(self, segments: list[Segment], next_batch: int, spares: list[int]) -> None:
-        """Go on after recovery: these segments, the last of them in use. ``spares``: empty segments after them."""
+    def adopt(self, segments: list[Segment], next_batch: int, spares: list[int]) -> int:
+        """Go on after recovery: these segments, the last of them in use. ``spares``: empty segments after them.
+
+        Returns how many bytes were blanked of a first write into a spare that was torn.
+        """
         self.segments = segments
         self.next_batch = next_batch
         self.last_sequence = segments[-1].sequence if segments else 0
         if segments:
             self._handle = self.guard(self.files.open, self._path_of(segments[-1].sequence))
         if spares:
-            self._adopt_spare(spares[0])
             for sequence in spares[1:]:
                 self.guard(self.files.unlink, self._path_of(sequence))
+            return self._adopt_spare(spares[0])
+        return 0
 
-    def _adopt_spare(self, sequence: int) -> None:
+    def _adopt_spare(self, sequence: int) -> int:
         """A segment with no batch in it: blank whatever a torn write left there."""
         handle = self.guard(self.files.open, self._path_of(sequence))
         size = self.files.size(handle)
-        self.blank(handle, 0, len(self.guard(self.files.pread, handle, size, 0).rstrip(b"\0")))
+        torn_bytes = len(self.guard(self.files.pread, handle, size, 0).rstrip(b"\0"))
+        self.blank(handle, 0, torn_bytes)
         self.last_sequence = max(self.last_sequence, sequence)
         self._spare = (handle, sequence, size)
+        return torn_bytes
 
     def cut(self, end: int) -> None:
         """Blank everything between the end of the log and ``end`` in the segment in use: a torn tail."""

@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_a_log_of_many_segments_is_noticed() -> None:
     contents = snapshot_of(disk)
     tried = refused = 0
     for name, clean in contents.items():
-        if clean is None or not name.endswith((".wal", ".snap")):
+        if clean is None or "/archive/" in name or not name.endswith((".wal", ".snap")):
             continue
         for at in range(0, len(clean), 3):
             flipped = bytearray(clean)
