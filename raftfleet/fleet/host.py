@@ -943,9 +943,10 @@ class Host:
 
     def on_feed_reset(self, index: int, state: bytes) -> None:
         """Other workers: the whole state of the fleet. An older one than is known is not taken."""
-        if self.fleet_known and index < self.fleet_index:
+        fleet = FleetState.load(state)
+        if self.fleet_known and (fleet.epoch, index) < (self.fleet.epoch, self.fleet_index):
             return
-        self.fleet = FleetState.load(state)
+        self.fleet = fleet
         self.fleet_index = index
         self._fleet_replaced()
 
@@ -1501,13 +1502,16 @@ class Host:
         else:
             group = self._group_named(args["name"])
             if group is None:
-                self._group_missing(args["name"], answer, lambda: self._call_group_status(0, args, timeout_us, answer))
+                self._group_missing(
+                    args["name"], answer, lambda left_us: self._call_group_status(0, args, left_us, answer), timeout_us
+                )
                 return
             uid = group.uid
         self._ask_leader(uid, "group_status", {"uid": uid}, timeout_us, answer)
 
-    def _group_missing(self, name: object, answer: Any, again: Callable[[], None]) -> None:
-        """Not known here: ask the fleet, and once the feed is there, go on."""
+    def _group_missing(self, name: object, answer: Any, again: Callable[[int], None], timeout_us: int) -> None:
+        """Not known here: ask the fleet, and once the feed is there, go on with the time that is left."""
+        deadline_us = self.now_us + timeout_us
         if not isinstance(name, str):
             raise ValueError("a group name is a str")
 
@@ -1515,9 +1519,12 @@ class Host:
             if code != OK:
                 answer(code, body if code != GROUP_NOT_FOUND else f"there is no consensus group {name!r}")
             elif self._group_named(name) is not None:
-                again()
+                again(deadline_us - self.now_us)
+            elif self.now_us + RETRY_PARKED_US >= deadline_us:
+                answer(NO_LEADER, f"node {self.settings.node} has not heard of group {name!r} from the fleet yet")
             else:
-                self._delayed.append((self.now_us + RETRY_PARKED_US, again))
+                left_us = deadline_us - self.now_us - RETRY_PARKED_US
+                self._delayed.append((self.now_us + RETRY_PARKED_US, lambda: again(left_us)))
 
         self.ask_fleet(["group", name], checked)
 
@@ -1558,7 +1565,9 @@ class Host:
     def _call_replace_leader(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         group = self._group_named(args["name"])
         if group is None:
-            self._group_missing(args["name"], answer, lambda: self._call_replace_leader(0, args, timeout_us, answer))
+            self._group_missing(
+                args["name"], answer, lambda left_us: self._call_replace_leader(0, args, left_us, answer), timeout_us
+            )
             return
         node = self.fleet.nodes.get(args["node"])
         if node is None:

@@ -553,7 +553,7 @@ class ManagerCore:
             return
         if mine.instances != self.instances:
             if self._due("instances", SECOND):
-                self._propose(["instances", mine.name, list(self.instances), list(mine.instances)])
+                self._propose(["instances", mine.name, list(self.instances), list(mine.instances)], self._replaced)
             return
         if self._deactivating:
             self._tend_deactivation(state, mine)
@@ -563,6 +563,12 @@ class ManagerCore:
             self._deactivating = True
         elif (not mine.active or mine.zone != self.zone) and self._due("join", SECOND):
             self._propose_join()
+
+    def _replaced(self, code: int, body: Any) -> None:
+        """Answer to "these are my instances now". Refused: the state here is older than the fleet's, and as long as
+        the fleet does not know this node's worker 0 no feed will mend it. Another node knows what is to be replaced."""
+        if code == REFUSED:
+            self._join_through_another()
 
     def _propose_join(self) -> None:
         """Ask to be in the fleet, through shard 0 or, if it finds no leader, through another node."""

@@ -72,6 +72,22 @@ def test_a_node_that_is_not_among_the_peers_joins_but_never_founds() -> None:
     assert set(only_fleet(world).state.nodes) == {"n0", "n1", "n2"}
 
 
+def test_a_worker_that_dies_again_before_its_node_heard_of_its_return_comes_back_all_the_same() -> None:
+    world = settled(worker_count=2)
+    node, fleet = world.nodes[0], only_fleet(world)
+    first = fleet.state.nodes["n0"].instances
+    world.kill_shard(node, 0)
+    end_us = world.now_us + 20 * SECOND
+    while fleet.state.nodes["n0"].instances == first:
+        assert world.now_us < end_us, world.story()
+        world.run(MS)
+    assert node.core is not None and node.core.state is not None
+    assert node.core.state.nodes["n0"].instances == first, "the node has heard: this test is about what comes before"
+    world.kill_shard(node, 0)
+    world.heal()
+    assert fleet.state.nodes["n0"].instances == tuple(shard.instance for shard in node.shards)
+
+
 def test_a_restarted_shard_takes_its_place_with_a_new_instance() -> None:
     world = settled(worker_count=2)
     old = world.nodes[0].shards[1].instance
