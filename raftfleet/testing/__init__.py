@@ -1,6 +1,7 @@
 """Tools for testing what runs on raftfleet, and raftfleet itself.
 
 * ``LocalFleet``: real nodes on this machine, to be used, killed and paused by a test.
+* ``SimFleet``: whole nodes, their managers apart, on a virtual clock and network; a hundred times faster than time.
 * ``raftfleet.testing.simulation``: a simulated cluster, checkers, a history search. Nothing there opens a socket or
   reads a clock. ``Simulation(seed).run()`` plays a cluster with faults; a failure says how to repeat it.
 
@@ -14,14 +15,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raftfleet.testing.fleet import SimFleet, SimFleetOptions
     from raftfleet.testing.local_fleet import LocalFleet, LocalFleetError, LocalNode
 
-__all__ = ["LocalFleet", "LocalFleetError", "LocalNode"]
+__all__ = ["LocalFleet", "LocalFleetError", "LocalNode", "SimFleet", "SimFleetOptions"]
 
 _HOME = {
     "LocalFleet": "raftfleet.testing.local_fleet",
     "LocalFleetError": "raftfleet.testing.local_fleet",
     "LocalNode": "raftfleet.testing.local_fleet",
+    "SimFleet": "raftfleet.testing.fleet",
+    "SimFleetOptions": "raftfleet.testing.fleet",
 }
 
 
