@@ -13,7 +13,7 @@
     56   8   size of the data
     64   4   CRC32C of meta and data
     68   12  zeros (covered by the header's CRC)
-    80   ..  meta: msgpack {"name", "config"}, so that an archived file says what it is
+    80   ..  meta: msgpack {"name"}, so that an archived file says what it is
     ..   ..  data: what Member.make_snapshot gave
 
 It is written under ``<name>.tmp``, made durable, renamed, and the rename made durable; only then do older ones go. Two

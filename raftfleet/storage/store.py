@@ -18,7 +18,6 @@ the appends themselves did.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,11 +34,10 @@ from raftfleet.storage.base import (
     StorageDamaged,
     StorageError,
     StorageFull,
-    StorageLocked,
     StoragePoisoned,
-    StorageTooNew,
     Tombstone,
 )
+from raftfleet.storage.directory import claim, collector_paused, failures_named, read_all
 from raftfleet.storage.files import Files, OsFiles
 from raftfleet.storage.records import (
     DATA_START,
@@ -48,7 +46,6 @@ from raftfleet.storage.records import (
     FORMAT,
     FORWARD,
     MARK,
-    MARK_MAGIC,
     RESET,
     SHARD_UID,
     TOMBSTONE,
@@ -176,10 +173,10 @@ class ShardStore:
             StoragePoisoned: the disk fails.
         """
         files = files or OsFiles()
-        with _failures_named(path):
-            lock, header = _claim(files, path, node, fleet)
+        with failures_named(path):
+            lock, header = claim(files, path, node, fleet)
         try:
-            with _failures_named(path), _collector_paused():
+            with failures_named(path), collector_paused():
                 instance = header.instance if header is not None else new_instance
                 known_fleet = fleet if fleet != NO_FLEET else header.fleet if header is not None else NO_FLEET
                 wal = Wal(
@@ -236,7 +233,7 @@ class ShardStore:
             sequence = segment_sequence(name)
             if sequence is None:
                 continue
-            data = _read_all(files, f"{wal.path}/{name}")
+            data = read_all(files, f"{wal.path}/{name}")
             its_header, whole = read_header(data)
             first_batch = its_header.first_batch if its_header is not None else 0
             if its_header is None and find_mark(data, DATA_START, sequence, wal.instance) is None:
@@ -787,103 +784,3 @@ class ShardStore:
         finally:
             self._wal.close()
             self.files.close(self._lock)
-
-
-# ---------------------------------------------------------------------- whose directory is this?
-
-
-@contextlib.contextmanager
-def _failures_named(path: str) -> Iterator[None]:
-    """OSErrors as storage errors that name the directory."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise StorageFull(f"no space left in {path}: {error}") from error
-        raise StoragePoisoned(f"{path} cannot be used: {error}") from error
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Recovery makes millions of tuples and no cycles: with the collector at work it takes 2.8 times as long."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _read_all(files: Files, path: str) -> bytes:
-    handle = files.open(path, write=False)
-    try:
-        return files.pread(handle, files.size(handle), 0)
-    finally:
-        files.close(handle)
-
-
-def _claim(files: Files, path: str, node: str, fleet: bytes) -> tuple[int, SegmentHeader | None]:
-    """Lock the directory, make sure that it is ours; returns the lock and the newest segment's header (None: new)."""
-    names = files.listdir(path)
-    strange = sorted(set(names) - {"LOCK", "wal", "snapshots", "archive"})
-    if strange:
-        raise ForeignStorage(f"{path} is not a data directory of raftfleet: it holds {', '.join(strange[:3])}")
-    files.mkdir(path)
-    if not names:
-        files.sync_dir(os.path.dirname(path) or ".")
-    lock = files.open(f"{path}/LOCK", create=True)
-    try:
-        if not files.lock(lock):
-            raise StorageLocked(f"another process uses {path}")
-        return lock, _identity(files, path, node, fleet)
-    except BaseException:
-        files.close(lock)
-        raise
-
-
-def _identity(files: Files, path: str, node: str, fleet: bytes) -> SegmentHeader | None:
-    newest = None
-    used = []
-    for name in files.listdir(f"{path}/wal"):
-        if segment_sequence(name) is None:
-            continue
-        handle = files.open(f"{path}/wal/{name}", write=False)
-        try:
-            head = files.pread(handle, DATA_START, 0)
-        finally:
-            files.close(handle)
-        header, _ = read_header(head)
-        if header is None:
-            if head.strip(b"\0"):
-                used.append(name)
-            continue
-        if header.format > FORMAT:
-            raise StorageTooNew(
-                f"{path} was written by a newer raftfleet (format {header.format}); this version reads up to {FORMAT}"
-            )
-        if header.node_hash != node_hash(node):
-            raise ForeignStorage(
-                f"{path} belongs to another node than {node!r} (was the node renamed, or the disk moved?)"
-            )
-        if fleet != NO_FLEET and header.fleet not in (NO_FLEET, fleet):
-            raise ForeignStorage(f"{path} belongs to fleet {header.fleet.hex()}, this node to fleet {fleet.hex()}")
-        if newest is not None and newest.instance != header.instance:
-            raise ForeignStorage(f"{path}/wal holds segments of two shards: {newest.instance} and {header.instance}")
-        newest = header
-    if newest is None:
-        rest = [*used, *files.listdir(f"{path}/snapshots")]
-        if rest and not _is_unborn(files, path, used):
-            raise StorageDamaged(f"{path} holds {rest[0]}, but no segment's header says whose it is")
-    return newest
-
-
-def _is_unborn(files: Files, path: str, used: list[str]) -> bool:
-    """Whether all there is are the remains of the very first sync, which never returned: nobody relies on them."""
-    if files.listdir(f"{path}/snapshots") or len(used) != 1 or segment_sequence(used[0]) != 1:
-        return False
-    # The first batch is always empty: whatever anybody relies on came with a second mark.
-    return _read_all(files, f"{path}/wal/{used[0]}").count(MARK_MAGIC) <= 1
-
-
-__all__ = ["ShardStore"]

@@ -161,7 +161,7 @@ def test_the_log_stays_bounded_while_one_group_is_idle_and_another_busy(tmp_path
     store.save_group(2, "busy", {}, (1,), 0)
     last = 0
     most = 0
-    for round_number in range(2000):
+    for round_number in range(1000):
         store.append(2, last + 1, [Entry(1, 1, b"x" * 100) for _ in range(8)])
         last += 8
         store.sync()
