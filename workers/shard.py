@@ -295,7 +295,7 @@ class Worker:
         if took_us > SLOW_COMMAND_US:
             name = self.running.name if self.running is not None else "(new)"
             logger.warning(
-                "group %s: its state machine took %.1f s, and all groups of worker %d waited (warned of from %.1f s on)",
+                "group %s: its state machine took %.1f s, and all groups of worker %d waited (warned of from %.1f s)",
                 name,
                 took_us / 1e6,
                 self.index,

@@ -52,6 +52,7 @@ def one_trouble(world: World, rng: random.Random) -> None:
         world.cut.clear()
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("chunk", range(10))
 def test_three_peers_never_found_two_fleets_and_end_in_one(chunk: int) -> None:
     for seed in range(chunk * SEEDS // 10, (chunk + 1) * SEEDS // 10):
@@ -63,6 +64,7 @@ def test_three_peers_never_found_two_fleets_and_end_in_one(chunk: int) -> None:
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("chunk", range(4))
 def test_five_peers_and_a_guest_never_found_two_fleets_and_end_in_one(chunk: int) -> None:
     for seed in range(chunk * SEEDS // 20, (chunk + 1) * SEEDS // 20):

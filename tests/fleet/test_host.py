@@ -612,6 +612,7 @@ def test_a_request_that_reaches_a_worker_twice_is_taken_once():
     assert leader.host.counters["forwards_repeated"] == 1
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("first", range(0, 240, 30))
 def test_what_was_answered_not_applied_never_happens_whatever_the_network_loses(first):
     for seed in range(first, first + 30):
@@ -640,6 +641,7 @@ def finish(fleet: SimFleet, clients: list[Historian], uids: dict[str, int]) -> N
             fleet.history.check_state(uid, member.state.seen, worker.instance)
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("first", range(0, 200, 20))
 def test_a_fleet_keeps_its_promises_and_finds_its_shape_through_random_faults(first):
     for seed in range(first, first + 20):
