@@ -29,7 +29,8 @@ import psutil
 from raftfleet.core.names import hash64
 from raftfleet.errors import ConfigError
 from raftfleet.fleet.founding import Address, Memory, Persist, Send
-from raftfleet.fleet.manager_core import Log, ManagerCore, ManagerSettings, Reply, ShardCall, StateChanged, StopNode
+from raftfleet.fleet.manager_core import ManagerCore
+from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Reply, ShardCall, StateChanged, StopNode
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us

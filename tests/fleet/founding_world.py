@@ -16,7 +16,8 @@ import msgpack
 
 from raftfleet.fleet.founding import Memory, Persist, Send
 from raftfleet.fleet.machine import FleetRefused, FleetState
-from raftfleet.fleet.manager_core import Log, ManagerCore, ManagerSettings, Reply, ShardCall
+from raftfleet.fleet.manager_core import ManagerCore
+from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Reply, ShardCall
 from raftfleet.fleet.reconcile import (
     AddLearner,
     GroupView,
