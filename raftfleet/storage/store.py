@@ -212,6 +212,7 @@ class ShardStore:
             wal.rewrite(*replay.last_batch)
         for uid, index, term in resets:
             self.reset(uid, index, term)
+        self._add_votes()
         self._look_at_space()
         try:
             wal.sync()  # the mark of an empty batch proves the one before, and that the disk takes writes
@@ -266,6 +267,8 @@ class ShardStore:
             )
             group.record_batch, group.vote_batch = replayed.record_batch, replayed.vote_batch
             group.term, group.vote = member.term, member.vote
+            if member.term != replayed.term:
+                self._votes[uid] = group  # the log proves a higher one: from now on it stands by itself
             group.base, group.last = replayed.base, member.last_index
             group.log_bytes = sum(len(entry.data) for entry in member.entries)
             group.snapshots = whole[-2:]
@@ -487,11 +490,7 @@ class ShardStore:
     def sync(self) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""
         wal = self._wal
-        if self._votes:
-            for uid, group in self._votes.items():
-                group.vote_batch = wal.next_batch
-                self._add(uid, pack_life(VOTE, uid, group.term, group.vote, max(group.life, 0)), 0)
-            self._votes = {}
+        self._add_votes()
         if not wal.pending:
             if wal.state is DiskState.POISONED:
                 raise StoragePoisoned(wal.why)
@@ -501,6 +500,12 @@ class ShardStore:
         if self._to_archive:
             self._synced()
         assert wal.next_batch == batch + 1
+
+    def _add_votes(self) -> None:
+        for uid, group in self._votes.items():
+            group.vote_batch = self._wal.next_batch
+            self._add(uid, pack_life(VOTE, uid, group.term, group.vote, max(group.life, 0)), 0)
+        self._votes = {}
 
     def _synced(self) -> None:
         """After a sync: what was forgotten durably leaves the folder of snapshots."""

@@ -180,6 +180,28 @@ def test_the_log_stays_bounded_while_one_group_is_idle_and_another_busy(tmp_path
     store.close()
 
 
+def test_entries_that_a_conflict_removed_do_not_come_back_with_a_copy(tmp_path: Path) -> None:
+    store, _ = open_store(tmp_path / "s", segment_bytes=1 << 14, segments_max=1)
+    store.save_group(1, "idle", {}, (1,), 0)
+    store.append(1, 1, [Entry(1, 1, b"old %d" % i) for i in range(10)])
+    store.sync()
+    store.append(1, 8, [Entry(2, 1, b"new")])
+    store.save_group(2, "busy", {}, (1,), 0)
+    for last in range(200):
+        store.append(2, last + 1, [Entry(2, 1, b"x" * 500)])
+        store.sync()
+        if last % 20 == 19:
+            store.save_snapshot(2, last + 1, 2, b"state")
+        store.work(1 << 20)
+    assert not (tmp_path / "s/wal/0000000000000001.wal").exists()
+    store.close()
+    store, found = open_store(tmp_path / "s", segment_bytes=1 << 14)
+    assert not found.damaged
+    (idle,) = [group for group in found.groups if group.uid == 1]
+    assert [entry.data for entry in idle.entries[6:]] == [b"old 6", b"new"]
+    store.close()
+
+
 def test_a_live_log_larger_than_the_bound_is_not_copied_round_and_round(tmp_path: Path) -> None:
     store, _ = open_store(tmp_path / "s", segment_bytes=1 << 16, segments_max=2)
     store.save_group(1, "g", {}, (1,), 0)
