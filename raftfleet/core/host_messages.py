@@ -20,13 +20,6 @@ OP_COMMAND = 1
 OP_QUERY = 2
 """``ForwardRequest.op``: the body is a packed argument."""
 
-NOT_LEADER = 90
-"""Code of an answer: this member does not lead. Body ``[leader's instance or 0, term]``."""
-DROPPED = 91
-"""Code of an answer: the command was in the log of a leader that was deposed; its outcome is unknown."""
-GONE_UID = 92
-"""Code of an answer: the group with this uid is no more."""
-
 
 class Introduce(NamedTuple):
     """The first message on a new link: how to reach the sender. ``endpoint``: ``tcp://host:port``."""
@@ -71,7 +64,7 @@ class Forward(NamedTuple):
 
 
 class ForwardReply(NamedTuple):
-    """``code`` and ``body`` as in the client protocol, or one of NOT_LEADER, DROPPED, GONE_UID above."""
+    """``code`` and ``body`` as in the client protocol, or one that only hosts say (:mod:`raftfleet.core.codes`)."""
 
     request_id: int
     code: int

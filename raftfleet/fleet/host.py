@@ -23,16 +23,32 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from raftfleet.core.codes import (
+    ALREADY_ADDED,
+    BAD_REQUEST,
+    DROPPED,
+    GONE_UID,
+    GROUP_CHANGED,
+    GROUP_NOT_FOUND,
+    NO_LEADER,
+    NOT_ACTIVE,
+    NOT_IMPORTABLE,
+    NOT_LEADER,
+    OK,
+    OUTCOME_UNKNOWN,
+    OVERLOADED,
+    PUSH,
+    REFUSED,
+    TOO_LARGE,
+    UNANSWERED,
+)
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
 from raftfleet.core.host_messages import (
-    DROPPED,
     FORWARD,
     FORWARD_ANSWER,
-    GONE_UID,
     INTRODUCE,
     LEADERS,
-    NOT_LEADER,
     OP_COMMAND,
     OP_QUERY,
     RPC,
@@ -68,29 +84,12 @@ from raftfleet.fleet.requests import (
     FROM_HOST,
     FROM_PEER,
     IN_A_LOG,
-    NO_LEADER,
     ON_ITS_WAY,
-    OUTCOME_UNKNOWN,
-    UNANSWERED,
     Request,
 )
 
 if TYPE_CHECKING:
     import random
-
-OK = 0
-COMMAND_FAILED = 1
-OVERLOADED = 11
-GROUP_NOT_FOUND = 12
-TOO_LARGE = 13
-ALREADY_ADDED = 14
-NO_ACTIVE_NODE = 15
-NOT_IMPORTABLE = 16
-BAD_REQUEST = 17
-NOT_ACTIVE = 18
-REFUSED = 19
-GROUP_CHANGED = 32
-PUSH = 100
 
 HELLO_OP, COMMAND_OP, QUERY_OP, CALL_OP = 0, 1, 2, 3
 

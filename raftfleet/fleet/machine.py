@@ -36,18 +36,11 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core.codes import ALREADY_ADDED, BAD_REQUEST, GROUP_NOT_FOUND, NO_ACTIVE_NODE, NOT_ACTIVE, REFUSED
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name, hash64, shard_of
 from raftfleet.fleet.placement import PlacementRow, explain, node_hash, pair_hash
 from raftfleet.machine import StateMachine
-
-GROUP_NOT_FOUND = 12
-ALREADY_ADDED = 14
-NO_ACTIVE_NODE = 15
-BAD_REQUEST = 17
-NOT_ACTIVE = 18
-REFUSED = 19
-"""Codes of refusals, as in the client protocol (raftfleet.wire.ipc; fleet imports core only)."""
 
 FIXED_SETTINGS = ("machine", "session_ttl_s", "session_count_max")
 """What applying a command depends on: members learn of a change at different entries, and would differ for ever."""

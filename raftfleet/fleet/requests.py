@@ -8,16 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from raftfleet.core.codes import NO_LEADER, OUTCOME_UNKNOWN, UNANSWERED
 from raftfleet.core.host_messages import OP_COMMAND, OP_QUERY
 
 FROM_CLIENT = 0
 FROM_PEER = 1
 FROM_HOST = 2
-
-NO_LEADER = 10
-UNANSWERED = 20
-OUTCOME_UNKNOWN = 30
-
 
 ON_ITS_WAY = 1
 """It was handed to a member that may lead, and that has not answered."""

@@ -17,7 +17,7 @@ moment goes out in one write. Requests, by kind::
 ``id`` is chosen by the client, above 0, and names the reply. Replies are ``[id, code, body]``:
 
 * OK: ``body`` is the packed result (bin) of a command or query, any value for a call, a map for HELLO.
-* An error: a message (str), or what the code's comment says.
+* An error: a message (str), or what the code's comment in :mod:`raftfleet.core.codes` says.
 * PUSH, with id 0: ``body = [topic, ...]``, only after a call that asked for it.
 
 :func:`error_of` and :func:`code_of` turn codes into the exceptions of :mod:`raftfleet.errors` and back.
@@ -32,6 +32,26 @@ from typing import Any
 import msgpack
 
 from raftfleet import errors
+
+# The codes of replies belong to this protocol: its users say ipc.OK.
+from raftfleet.core.codes import ALREADY_ADDED as ALREADY_ADDED
+from raftfleet.core.codes import BAD_REQUEST as BAD_REQUEST
+from raftfleet.core.codes import COMMAND_FAILED as COMMAND_FAILED
+from raftfleet.core.codes import GROUP_CHANGED as GROUP_CHANGED
+from raftfleet.core.codes import GROUP_NOT_FOUND as GROUP_NOT_FOUND
+from raftfleet.core.codes import NO_ACTIVE_NODE as NO_ACTIVE_NODE
+from raftfleet.core.codes import NO_LEADER as NO_LEADER
+from raftfleet.core.codes import NOT_ACTIVE as NOT_ACTIVE
+from raftfleet.core.codes import NOT_IMPORTABLE as NOT_IMPORTABLE
+from raftfleet.core.codes import OK as OK
+from raftfleet.core.codes import OUTCOME_UNKNOWN as OUTCOME_UNKNOWN
+from raftfleet.core.codes import OVERLOADED as OVERLOADED
+from raftfleet.core.codes import PUSH as PUSH
+from raftfleet.core.codes import QUERY_FAILED as QUERY_FAILED
+from raftfleet.core.codes import REFUSED as REFUSED
+from raftfleet.core.codes import SESSION_EXPIRED as SESSION_EXPIRED
+from raftfleet.core.codes import TOO_LARGE as TOO_LARGE
+from raftfleet.core.codes import UNANSWERED as UNANSWERED
 from raftfleet.wire.errors import WireError
 
 PROTOCOL = 1
@@ -57,33 +77,6 @@ CALL = 3
 # Values of a query's ``consistency``.
 LINEARIZABLE = 0
 STALE = 1
-
-# Codes of replies.
-OK = 0
-COMMAND_FAILED = 1
-"""The user's ``command`` raised. Body ``[type, message]``."""
-QUERY_FAILED = 2
-"""The user's ``query`` raised. Body ``[type, message]``."""
-NO_LEADER = 10
-OVERLOADED = 11
-GROUP_NOT_FOUND = 12
-TOO_LARGE = 13
-ALREADY_ADDED = 14
-NO_ACTIVE_NODE = 15
-NOT_IMPORTABLE = 16
-"""Body ``[node, reason]``."""
-BAD_REQUEST = 17
-NOT_ACTIVE = 18
-REFUSED = 19
-UNANSWERED = 20
-OUTCOME_UNKNOWN = 30
-SESSION_EXPIRED = 31
-GROUP_CHANGED = 32
-"""The uid of the request is not (or no more) that of the group with this name, and no member was given the request in
-this attempt. A client without earlier attempts in doubt asks the present group; where a member may have taken the
-request before its group was removed, the answer is OUTCOME_UNKNOWN."""
-PUSH = 100
-"""Not an answer: id 0, body ``[topic, ...]``."""
 
 EXCEPTIONS: dict[int, type[errors.RaftFleetError]] = {
     COMMAND_FAILED: errors.CommandFailed,
