@@ -618,3 +618,17 @@ def _check_distinct(what: str, values: Iterable[Any]) -> None:
     values = list(values)
     if len(set(values)) != len(values):
         raise FleetRefused(BAD_REQUEST, f"{what} must differ from each other")
+
+
+class RecordingFleetMachine(FleetMachine):
+    """The fleet's machine, which also keeps the commands that took effect in the batch being applied, for the feed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.executed: list[Any] = []
+
+    def command(self, state: FleetState, arg: Any) -> tuple[Any, FleetState]:
+        """Apply, then remember."""
+        outcome = super().command(state, arg)
+        self.executed.append(arg)
+        return outcome

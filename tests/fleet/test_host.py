@@ -12,8 +12,9 @@ from fleet.fleet_load import Historian, Incrementer, raw_command
 
 from raftfleet import errors
 from raftfleet.core.config import GroupConfig
+from raftfleet.core.host_messages import FORWARD, OP_COMMAND, Forward, ForwardRequest
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
-from raftfleet.fleet import host as host_module
+from raftfleet.fleet import host_requests, host_routing
 from raftfleet.testing.fleet import COUNTER, REGISTERS, SimFleet, SimFleetOptions
 from raftfleet.testing.network import NetworkFaults
 from raftfleet.testing.sim_worker import Connection
@@ -538,8 +539,14 @@ def test_an_old_member_that_was_declared_dead_and_lives_is_refused_and_comes_bac
 # ---------------------------------------------------------------- limits and outcomes
 
 
+def limit_open_requests(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """For requests of clients, and for those that other shards forward."""
+    for module in (host_requests, host_routing):
+        monkeypatch.setattr(module, "OPEN_REQUESTS_MAX", count)
+
+
 def test_a_worker_that_is_full_answers_overloaded(monkeypatch):
-    monkeypatch.setattr(host_module, "OPEN_REQUESTS_MAX", 10)
+    limit_open_requests(monkeypatch, 10)
     fleet = started(FOUR)
     fleet.add_group("group")
     client = fleet.client("n1")
@@ -603,9 +610,7 @@ def test_a_request_that_reaches_a_worker_twice_is_taken_once():
     assert leader is not None
     other = next(w for w in fleet.live_workers() if w.instance != leader.instance)
     command = raw_command(b"c" * 16, 1, "inc", fleet.nodes["n2"].wall_us(fleet.queue.now_us))
-    forward = host_module.Forward(
-        host_module.FORWARD, [host_module.ForwardRequest(1 << 40, host_module.OP_COMMAND, uid, 500, 0, command)]
-    )
+    forward = Forward(FORWARD, [ForwardRequest(1 << 40, OP_COMMAND, uid, 500, 0, command)])
     for _ in range(2):
         leader.work(lambda host: host.receive(other.instance, [forward]))
         fleet.run_for(0.1)
@@ -725,7 +730,7 @@ def test_a_command_that_was_in_a_deposed_leaders_log_is_never_said_to_be_not_app
     fleet.cut_off(home)
     call = client.command("group", "inc", timeout=8, retry=0)
     fleet.run_for(0.5)
-    monkeypatch.setattr(host_module, "OPEN_REQUESTS_MAX", 0)  # the next leader has no room
+    limit_open_requests(monkeypatch, 0)  # the next leader has no room
     fleet.run_for(4)
     fleet.heal()
     with pytest.raises(errors.OutcomeUnknown, match="deposed"):

@@ -1,0 +1,153 @@
+"""Reconciling the groups led here: the planner's next safe step, taken, until each group is where it should be.
+
+This module does not plan; :mod:`raftfleet.fleet.reconcile` does, from a view that is made here. Rules:
+
+* One step per group at a time. The next is planned when the step has had its effect, or a while later.
+* Few groups at a time bring in a learner, since each may cost a snapshot; one that is not heard costs none and does not
+  count.
+* A voter of the fleet group makes way only after a long silence: restarts are short.
+* A leader that an operator chose stays where it is until the nodes change.
+"""
+
+from __future__ import annotations
+
+from raftfleet.core.member import CAUGHT_UP_ENTRIES, ConfigChangeRefused, Member
+from raftfleet.core.names import FLEET_UID
+from raftfleet.core.progress import REPLICATE
+from raftfleet.fleet.host_following import FollowingLayer
+from raftfleet.fleet.reconcile import (
+    AddLearner,
+    GroupView,
+    Promote,
+    Remove,
+    Transfer,
+    fleet_learners,
+    fleet_voters,
+    next_step,
+)
+
+LEARNERS_AT_ONCE_MAX = 32
+"""Groups led here that may be bringing in a learner at a time: each may cost a snapshot."""
+PATIENCE_US = 10_000_000
+"""A voter of the fleet group unheard for so long makes way for another node."""
+
+
+class ReconcilingLayer(FollowingLayer):
+    """Moves the groups led here to where they should be. See the module's text."""
+
+    def _reconcile_group(self, uid: int) -> None:
+        """One safe step for a group led here; comes back when the step has had its effect."""
+        member = self.shard.members.get(uid)
+        if member is None or member.lead is None or not self.fleet_known:
+            return
+        view = self._view(member)
+        since_us = self._catching_up.get(uid)
+        if since_us is not None and (
+            not view.learners
+            or (self.now_us - since_us > PATIENCE_US and not any(learner in view.live for learner in view.learners))
+        ):
+            del self._catching_up[uid]  # it came to nothing, or is not heard and costs no snapshot
+        learners: list[int] = []
+        if uid == FLEET_UID:
+            desired = fleet_voters(self.fleet, view.voters, self._patiently_live(member), self.instance)
+            learners = fleet_learners(self.fleet, desired)
+        else:
+            group = self.fleet.group_of_uid(uid)
+            if group is None:
+                return
+            desired = [instance for _, instance in self.fleet.desired(group)]
+        step = next_step(view, desired, self.fleet.is_current, learners)
+        if step is None:
+            settled = set(desired) == set(view.voters) and set(learners) == set(view.learners)
+            if view.pending or not settled or (uid != FLEET_UID and desired and desired[0] != self.instance):
+                if not (settled and uid in self._pinned):
+                    self._reconcile_later[uid] = None
+            return
+        try:
+            self._take_step(member, step)
+        except ConfigChangeRefused as refusal:
+            self.count("steps_refused")
+            self.note("debug", f"group {member.name}: {step} refused: {refusal}")
+            self._reconcile_later[uid] = None
+
+    def _view(self, member: Member) -> GroupView:
+        lead = member.lead
+        assert lead is not None
+        caught_up = {self.instance}
+        for peer, progress in lead.progress.items():
+            if progress.state == REPLICATE and progress.match + CAUGHT_UP_ENTRIES >= member.commit:
+                caught_up.add(peer)
+        pending = bool(lead.config_index or lead.transfer_target) or member.commit < lead.noop_index
+        return GroupView(
+            member.uid,
+            self.instance,
+            member.voters,
+            member.learners,
+            frozenset(caught_up),
+            member.live_members(),
+            pending,
+        )
+
+    def _patiently_live(self, member: Member) -> set[int]:
+        lead = member.lead
+        assert lead is not None
+        horizon_us = self.now_us - PATIENCE_US
+        if lead.elected_us > horizon_us:
+            return {node.instances[0] for node in self.fleet.nodes.values()}
+        live = {self.instance}
+        for peer, progress in lead.progress.items():
+            if member.confirmed_stamp(peer, progress) > horizon_us:
+                live.add(peer)
+        return live
+
+    def _take_step(self, member: Member, step: AddLearner | Promote | Remove | Transfer) -> None:
+        uid = member.uid
+        if isinstance(step, AddLearner):
+            if uid != FLEET_UID:
+                if len(self._catching_up) >= LEARNERS_AT_ONCE_MAX and uid not in self._catching_up:
+                    self._reconcile_later[uid] = None
+                    return
+                self._catching_up.setdefault(uid, self.now_us)
+            member.add_learner(step.instance)
+        elif isinstance(step, Promote):
+            member.promote(step.instance)
+        elif isinstance(step, Remove):
+            if uid == FLEET_UID and step.instance in member.voters and self.fleet.is_current(step.instance):
+                member.demote(step.instance)
+            else:
+                member.remove(step.instance)
+        else:
+            if (
+                uid in self._pinned
+                and step.instance not in member.learners
+                and self.instance in (instance for _, instance in self.fleet.desired(self.fleet.groups[uid]))
+            ):
+                return  # an operator chose this leader
+            member.transfer(step.instance)
+            self._reconcile_later[uid] = None
+
+    # ------------------------------------------------------------------ leaving
+
+    def drain(self) -> None:
+        """Hand each leadership over to the voter that lacks least (under load none is ever quite level)."""
+        for member in list(self.shard.members.values()):
+            lead = member.lead
+            if lead is None:
+                continue
+            live = member.live_members()
+            heirs = [voter for voter in member.voters if voter in live and voter != self.instance]
+            try:
+                if heirs:
+                    member.transfer(max(heirs, key=lambda voter: lead.progress[voter].match))
+            except ConfigChangeRefused:
+                pass
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a leadership that :meth:`drain` hands over is still on its way."""
+        return any(m.lead is not None and m.lead.transfer_target for m in self.shard.members.values())
+
+    def step_down_all(self) -> None:
+        """Lead nothing any more, and say so."""
+        for member in list(self.shard.members.values()):
+            member.step_down()

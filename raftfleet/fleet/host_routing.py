@@ -1,0 +1,183 @@
+"""Routing: a client's request comes to the worker that owns the group's name, and goes to whoever leads the group.
+
+This module does not know about clients' frames or links. Rules:
+
+* If the leader is here, the request is proposed; if it is elsewhere, it is forwarded, many in one message; if none is
+  known, it is parked, and tried again when one is announced or after a while.
+* A wrong guess goes round inside the node, never through the client.
+* ``Request.maybe`` is kept exact at every step: set when a request is handed to a member that may lead, cleared only by
+  an answer that says that nothing happened. From it comes what the client is told at the end.
+* A stale read may go to any member that has applied something.
+
+This is the hot path: a call or a lookup that is added to the way of a command costs throughput.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raftfleet.core.codes import DROPPED, GONE_UID, NOT_LEADER, OVERLOADED, TOO_LARGE
+from raftfleet.core.host_messages import OP_COMMAND, OP_QUERY, ForwardReply, ForwardRequest
+from raftfleet.core.names import FLEET_GROUP, FLEET_UID
+from raftfleet.core.sessions import size_refusal
+from raftfleet.fleet.host_leaders import LeaderLayer
+from raftfleet.fleet.host_requests import OPEN_BYTES_MAX, OPEN_REQUESTS_MAX
+from raftfleet.fleet.requests import FROM_PEER, IN_A_LOG, ON_ITS_WAY, Request
+
+
+class RoutingLayer(LeaderLayer):
+    """Brings requests to leaders, here or elsewhere. See the module's text."""
+
+    def _route(self, request: Request, *, guess: bool = False) -> None:
+        """Bring a request one step further: to a member here, over a link, or into a waiting room."""
+        name = request.name
+        if name == FLEET_GROUP:
+            uid = FLEET_UID
+        else:
+            group = self.fleet.by_name.get(name)
+            if group is None or group.uid in self._dead_early:
+                self._check_name(request)
+                return
+            uid = group.uid
+            if request.uid != uid:
+                if request.uid:
+                    self._group_changed(request)
+                    return
+                request.uid = uid
+            if request.op == OP_COMMAND:
+                refusal = size_refusal(name, len(request.body), group.config["command_bytes_max"])
+                if refusal is not None:
+                    self._finish_request(request, TOO_LARGE, refusal)
+                    return
+        member = self.shard.members.get(uid)
+        if member is not None:
+            if member.lead is not None:
+                if request.op == OP_COMMAND:
+                    request.maybe |= ON_ITS_WAY
+                    member.propose(request.body, request)
+                    return
+                if not request.consistency:
+                    request.maybe |= ON_ITS_WAY
+                    member.read(request.body, request)
+                    return
+            if request.consistency and request.op == OP_QUERY and member.applied:
+                self._finish_request(request, *member.evaluate(request.body))
+                return
+        leader = 0
+        if member is not None and member.leader != self.instance:
+            leader = member.leader
+        if not leader:
+            known = self.leaders.get(uid)
+            if known is not None and known[1] != self.instance:
+                leader = known[1]
+        request.attempts += guess
+        if request.consistency and request.op == OP_QUERY:
+            if not leader or request.attempts % 2:
+                leader = self._guess(uid)  # any member will do
+        elif (not leader and (member is None or request.attempts > 4)) or (guess and request.attempts % 2 == 0):
+            self._ask_who_leads(uid)
+        if leader:
+            self._forward(request, leader)
+        else:
+            self._parked.setdefault(uid, []).append(request)
+
+    def _forward(self, request: Request, instance: int) -> None:
+        request_id = self._next_id
+        self._next_id += 1
+        self._forwarded[request_id] = request
+        request.forward_id = request_id
+        request.sent_to = instance
+        timeout_ms = max(1, (request.deadline_us - self.now_us) // 1000)
+        item = ForwardRequest(request_id, request.op, request.uid, timeout_ms, request.consistency, request.body)
+        queue = self._forwards.get(instance)
+        if queue is None:
+            self._forwards[instance] = [item]
+        else:
+            queue.append(item)
+        request.maybe |= ON_ITS_WAY
+
+    def _on_forward(self, sender: int, requests: list[ForwardRequest]) -> None:
+        members = self.shard.members
+        now_us = self.now_us
+        # A request is taken once: should a network bring one again, later, it may find a leader where the first found
+        # none, and the client was told by then that nothing happened. Ids of one sender rise.
+        newest_id = self._newest_forward.get(sender, 0)
+        for request_id, op, uid, timeout_ms, consistency, body in requests:
+            if request_id <= newest_id:
+                self.count("forwards_repeated")
+                continue
+            self._newest_forward[sender] = newest_id = request_id
+            member = members.get(uid)
+            if member is None:
+                answer = (GONE_UID, None) if self._is_dead(uid) else (NOT_LEADER, [0, 0])
+                self._answers.setdefault(sender, []).append(ForwardReply(request_id, *answer))
+                continue
+            deadline_us = now_us + timeout_ms * 1000
+            request = Request(FROM_PEER, sender, request_id, op, member.name, uid, deadline_us, consistency, body)
+            if member.lead is None:
+                if consistency and op == OP_QUERY and member.applied:
+                    self._answer(request, *member.evaluate(body))
+                else:
+                    self._answer(request, NOT_LEADER, [member.leader, member.term])
+                continue
+            if len(self._open) >= OPEN_REQUESTS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
+                self.count("overloaded")
+                self._answer(request, OVERLOADED, f"the leader's worker on node {self.settings.node} is full")
+                continue
+            self._open[request] = None
+            self._open_bytes += len(body)
+            request.maybe = ON_ITS_WAY  # should its deadline pass here: the sender is told no more than is known
+            if op == OP_COMMAND:
+                member.propose(body, request)
+            else:
+                member.read(body, request)
+
+    def _on_forward_answer(self, sender: int, replies: list[ForwardReply]) -> None:
+        for request_id, code, body in replies:
+            request = self._forwarded.pop(request_id, None)
+            if request is None:
+                continue
+            request.forward_id = 0
+            if code == NOT_LEADER:
+                request.maybe &= ~ON_ITS_WAY
+                self._on_wrong_guess(request, sender, body)
+            elif code == DROPPED:
+                request.maybe |= IN_A_LOG
+                self._parked.setdefault(request.uid, []).append(request)
+            elif code == GONE_UID:
+                request.maybe &= ~ON_ITS_WAY
+                self._dead_uid_met(request)
+            else:
+                self._finish_request(request, code, body)
+
+    def _on_wrong_guess(self, request: Request, sender: int, body: Any) -> None:
+        uid = request.uid
+        known = self.leaders.get(uid)
+        if known is not None and known[1] == sender:
+            del self.leaders[uid]
+        leader = body[0] if isinstance(body, (list, tuple)) and len(body) == 2 and type(body[0]) is int else 0
+        if leader and leader not in (sender, self.instance) and request.attempts < 8:
+            request.attempts += 2
+            self._forward(request, leader)
+        else:
+            self._parked.setdefault(uid, []).append(request)
+
+    def _on_reply(self, request: Request, code: int, body: Any) -> None:
+        """The shard's answer to something that was proposed or read here."""
+        if request.done:
+            return
+        if request.origin == FROM_PEER:
+            if code in (NOT_LEADER, DROPPED) and isinstance(body, tuple):
+                body = list(body)
+            self._finish_request(request, code, body)
+        elif code in (NOT_LEADER, DROPPED):
+            if code == NOT_LEADER:
+                request.maybe &= ~ON_ITS_WAY  # it never entered a log
+            else:
+                request.maybe |= IN_A_LOG
+            self._parked.setdefault(request.uid, []).append(request)
+        elif code == GONE_UID:
+            request.maybe &= ~ON_ITS_WAY  # it waited in front of the log
+            self._check_name(request)
+        else:
+            self._finish_request(request, code, body)
