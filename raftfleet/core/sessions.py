@@ -20,10 +20,10 @@ from typing import Any
 
 import msgpack
 
-OK = 0
-COMMAND_FAILED = 1
-OVERLOADED = 11
-SESSION_EXPIRED = 31
+from raftfleet.core.codes import COMMAND_FAILED as COMMAND_FAILED
+from raftfleet.core.codes import OK as OK
+from raftfleet.core.codes import OVERLOADED as OVERLOADED
+from raftfleet.core.codes import SESSION_EXPIRED as SESSION_EXPIRED
 
 RESULTS_PER_SESSION_MAX = 4096
 """More unacknowledged results than any client of ours keeps in flight (1024); a client that exceeds it is refused."""

@@ -14,21 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, REFUSED, UNANSWERED
 from raftfleet.core.names import shard_of
-from raftfleet.fleet.manager_outputs import (
-    BAD_REQUEST,
-    GROUP_NOT_FOUND,
-    MS,
-    NOT_ACTIVE,
-    OK,
-    OUTCOME_UNKNOWN,
-    REFUSED,
-    SECOND,
-    UNANSWERED,
-    Answer,
-    Reply,
-    StopNode,
-)
+from raftfleet.fleet.manager_outputs import MS, SECOND, Answer, Reply, StopNode
 from raftfleet.fleet.manager_removal import ManagerRemoval
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core.codes import OK, OUTCOME_UNKNOWN, REFUSED, UNANSWERED
 from raftfleet.core.manager_messages import FOUNDED, PING, PREPARE, Founded, FoundingValue, NodeRecord, Ping, record_of
 from raftfleet.fleet.founding import Address, Send
-from raftfleet.fleet.manager_outputs import MS, OK, OUTCOME_UNKNOWN, REFUSED, SECOND, UNANSWERED
+from raftfleet.fleet.manager_outputs import MS, SECOND
 from raftfleet.fleet.manager_shards import ManagerShards
 from raftfleet.fleet.manager_state import (
     RPC_TIMEOUT_US,

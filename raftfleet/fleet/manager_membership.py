@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from raftfleet.core.codes import OK, REFUSED
 from raftfleet.core.manager_messages import NodeRecord
 from raftfleet.core.names import FLEET_GROUP
 from raftfleet.fleet.machine import FleetState, Node
 from raftfleet.fleet.manager_entry import ManagerEntry
-from raftfleet.fleet.manager_outputs import MS, OK, REFUSED, SECOND, Answer
+from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_state import RPC_TIMEOUT_US, TRY_ELSEWHERE, ignore_answer, node_fields, text_of
 
 

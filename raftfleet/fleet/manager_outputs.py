@@ -13,17 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from raftfleet.fleet.founding import Address, Persist, Send
 
-OK = 0
-NO_LEADER = 10
-OVERLOADED = 11
-GROUP_NOT_FOUND = 12
-BAD_REQUEST = 17
-NOT_ACTIVE = 18
-REFUSED = 19
-UNANSWERED = 20
-OUTCOME_UNKNOWN = 30
-"""Codes as in the client protocol (raftfleet.wire.ipc; fleet imports core only)."""
-
 MS = 1_000
 SECOND = 1_000_000
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from raftfleet.core.codes import NOT_ACTIVE, OK, REFUSED
 from raftfleet.core.names import FLEET_GROUP
 from raftfleet.fleet.machine import FleetState
-from raftfleet.fleet.manager_outputs import MS, NOT_ACTIVE, OK, REFUSED, SECOND, Answer
+from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_rpc import ManagerRpcs
 from raftfleet.fleet.manager_state import ignore_answer
 

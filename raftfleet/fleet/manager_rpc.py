@@ -14,10 +14,11 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core.codes import BAD_REQUEST, NOT_ACTIVE, OK, REFUSED, UNANSWERED
 from raftfleet.core.manager_messages import MANAGER_RPC_ANSWER, ManagerRpc, ManagerRpcAnswer, NodeRecord
 from raftfleet.fleet.founding import Send
 from raftfleet.fleet.manager_membership import ManagerMembership
-from raftfleet.fleet.manager_outputs import BAD_REQUEST, MS, NOT_ACTIVE, OK, REFUSED, SECOND, UNANSWERED, Answer
+from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_state import as_record, ignore_answer, text_of
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core.codes import OK
 from raftfleet.fleet.machine import FleetRefused, FleetState
-from raftfleet.fleet.manager_outputs import OK, SECOND, Answer
+from raftfleet.fleet.manager_outputs import SECOND, Answer
 from raftfleet.fleet.manager_pings import ManagerPings
 from raftfleet.fleet.manager_state import ShardView
 

@@ -24,24 +24,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
+from raftfleet.core.codes import NO_LEADER, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, OVERLOADED, UNANSWERED
 from raftfleet.core.manager_messages import MANAGER_RPC, FleetMemory, FoundingValue, ManagerRpc, NodeRecord
 from raftfleet.fleet.founding import Address, Founding, Memory, Send
 from raftfleet.fleet.machine import FleetState, Node
-from raftfleet.fleet.manager_outputs import (
-    MS,
-    NO_LEADER,
-    NOT_ACTIVE,
-    OK,
-    OUTCOME_UNKNOWN,
-    OVERLOADED,
-    SECOND,
-    UNANSWERED,
-    Answer,
-    Log,
-    ManagerSettings,
-    Output,
-    ShardCall,
-)
+from raftfleet.fleet.manager_outputs import MS, SECOND, Answer, Log, ManagerSettings, Output, ShardCall
 
 if TYPE_CHECKING:
     from random import Random
