@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fleet.founding_world import MS, SECOND, World, WorldNode
 
+from raftfleet.core import codes
 from raftfleet.core import manager_messages as messages
-from raftfleet.fleet import manager_outputs
 from raftfleet.fleet.founding import Memory
 from raftfleet.fleet.manager_core import ManagerCore
 from raftfleet.fleet.manager_outputs import ManagerSettings
@@ -166,8 +166,8 @@ def test_a_name_that_is_taken_is_refused_and_said() -> None:
 def test_a_dead_node_is_removed_on_the_operators_word_but_not_a_living_one() -> None:
     world = settled(3)
     code, text = ask(world, world.nodes[0], "remove_dead_node", {"node": "n2"})
-    assert code == manager_outputs.REFUSED and "is not dead" in text
-    assert ask(world, world.nodes[0], "remove_dead_node", {"node": "nobody"})[0] == manager_outputs.REFUSED
+    assert code == codes.REFUSED and "is not dead" in text
+    assert ask(world, world.nodes[0], "remove_dead_node", {"node": "nobody"})[0] == codes.REFUSED
     instance = world.nodes[2].shards[0].instance
     world.kill(world.nodes[2])
     world.run(8 * SECOND)
@@ -258,7 +258,7 @@ def test_bad_calls_and_messages_are_refused_and_nothing_raises() -> None:
     core = node.core
     assert core is not None
     for method, args in [("nonsense", {}), ("activate", {}), ("activate", {"zone": 5}), ("remove_dead_node", {})]:
-        assert ask(world, node, method, args)[0] == manager_outputs.BAD_REQUEST, method
+        assert ask(world, node, method, args)[0] == codes.BAD_REQUEST, method
     record = core.record
     for bad in [record._replace(instances=()), record._replace(port=0), record._replace(name="")]:
         core.receive(world.now_us, messages.Ping(messages.PING, 1, bad, b""))
@@ -285,7 +285,7 @@ def test_an_inactive_node_says_how_to_activate_it() -> None:
     world.start(world.nodes[0])
     world.run(SECOND)
     code, text = ask(world, world.nodes[0], "groups", {})
-    assert code == manager_outputs.NOT_ACTIVE and "activate --zone" in text
+    assert code == codes.NOT_ACTIVE and "activate --zone" in text
     assert ask(world, world.nodes[0], "activate", {"zone": "z"})[0] == 0
 
 
