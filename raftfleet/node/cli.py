@@ -5,8 +5,9 @@ Rules for every command: results go to stdout, narration and progress to stderr;
 has an environment variable, which its help names.
 
 This module holds no logic of the runtime. ``start`` (:mod:`raftfleet.node.cli_start`) hands a configuration to the
-supervisor; everything else asks the local node through :func:`raftfleet.connect`. Modules are imported inside the
-commands: ``--help`` and ``status`` must not pay for the runtime.
+supervisor, ``keygen`` and ``demo`` need no node; everything else asks the local node through
+:func:`raftfleet.connect`. Modules are imported inside the commands: ``--help`` and ``status`` must not pay for the
+runtime.
 """
 
 from __future__ import annotations
@@ -361,7 +362,28 @@ def _parse_json(text: str, what: str) -> Any:
         raise click.UsageError(f"{what} is not valid JSON ({error}): {text!r}{hint}") from error
 
 
-# -------------------------------------------------------------------- demo
+# -------------------------------------------------------------------- keys and demo
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+def keygen(file: Path) -> None:
+    """Make this node's CURVE key pair: the secret key goes to FILE, the public key to stdout.
+
+    \b
+    FILE is new and only its owner can read it: an existing one is never overwritten. The public key belongs into
+    the list of all nodes' public keys, a line of its own, the same file on every node:
+        raftfleet-node keygen /etc/raftfleet/secret.key
+    """
+    from raftfleet.transport.curve import generate_keys, write_secret_key
+
+    keys = generate_keys()
+    try:
+        write_secret_key(file, keys)
+    except FileExistsError as error:
+        raise ConfigError(f"{file} is there already, and a secret key is never overwritten: name a new file") from error
+    click.echo(keys.public_key)
+    cli_output.say(f"the secret key is in {file}: give it to --curve-secret-file, and chown it to the node's user")
 
 
 @main.command()

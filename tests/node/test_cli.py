@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import stat
+from pathlib import Path
 
 import click
 import pytest
@@ -12,10 +15,11 @@ from click.testing import CliRunner
 from raftfleet import errors
 from raftfleet.node import cli, cli_output
 from raftfleet.node.config import SOURCES
+from raftfleet.transport.curve import load_secret_key
 
 COMMANDS = {
     "start", "status", "groups", "nodes", "members", "activate", "deactivate", "stop", "add-group", "remove-group",
-    "command", "query", "transfer", "remove-dead-node", "leaderless", "demo",
+    "command", "query", "transfer", "remove-dead-node", "leaderless", "keygen", "demo",
 }  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def test_start_offers_exactly_the_settings_that_a_node_has() -> None:
         assert f"[env: {source.variable}]" in shown, source.variable
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS - {"start", "demo"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS - {"start", "keygen", "demo"}))
 def test_every_command_that_asks_a_node_takes_a_run_dir(name: str) -> None:
     assert "run_dir" in {option.name for option in options(cli.main.commands[name])}
 
@@ -75,7 +79,7 @@ def test_every_error_names_what_to_do_next(kind: type[errors.RaftFleetError]) ->
     try:
         error = kind()
     except TypeError:
-        error = kind("reason", "message")
+        error = kind(*["text"] * len(inspect.signature(kind).parameters))
     assert cli_output.next_step(error).endswith(".")
 
 
@@ -111,3 +115,28 @@ def test_a_wrong_call_exits_with_2_and_a_hint(words: list[str], hint: str) -> No
     done = CliRunner().invoke(cli.main, words)
     assert done.exit_code == 2, done.output
     assert hint in done.output
+
+
+def test_keygen_writes_the_secret_key_for_its_owner_alone_and_prints_the_public_one(tmp_path: Path) -> None:
+    file = tmp_path / "secret.key"
+    done = CliRunner().invoke(cli.main, ["keygen", str(file)])
+    assert done.exit_code == 0, done.output
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    keys = load_secret_key(file)
+    assert done.stdout == keys.public_key + "\n"
+    assert keys.secret_key not in done.output and str(file) in done.stderr
+
+
+def test_keygen_overwrites_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "secret.key"
+    file.write_text("somebody's key")
+    done = CliRunner().invoke(cli.main, ["keygen", str(file)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "is there already" in done.stderr
+    assert file.read_text() == "somebody's key"
+
+
+def test_keygen_in_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.main, ["keygen", str(tmp_path / "no" / "secret.key")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "No such file" in done.stderr
