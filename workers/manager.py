@@ -10,8 +10,8 @@ sender is in: those who found a fleet, or who must tell another fleet that they 
 
 from __future__ import annotations
 
+import bisect
 import gc
-import itertools
 import logging
 import os
 import random
@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 MEMORY_NAME = "founding"
 SWEEP_US = 1_000_000
-KEY_TRY_US = 1_500_000
-"""How long one of the fleet's public keys is tried on an address whose key is not known yet."""
 LAST_REPLIES_US = 200_000
 
 
@@ -82,7 +79,8 @@ class MemoryFile:
             return Memory.unpack(data[4:])
         except ValueError as error:
             raise ConfigError(
-                f"{self.path} is damaged ({error}); if no other node of its fleet runs any more, remove the file"
+                f"{self.path} is damaged ({error}): move it away if most of --peers still have theirs, or if no node of "
+                "its fleet runs any more (docs/operations.md says why)"
             ) from error
 
     def remove(self) -> None:
@@ -116,6 +114,11 @@ class ManagerProcess:
         self.context = context
         self.keys, allowed = _node_keys(config)
         self.allowed_keys = sorted(allowed)
+        if self.keys is not None and self.keys.public_key not in allowed:
+            logger.warning(
+                "this node's own public key %s is not in %s: nodes with the same list refuse it",
+                *(self.keys.public_key, config.curve_public_keys_file),
+            )
         self.memory_file = MemoryFile(config.run_dir)
         self.core = ManagerCore(
             ManagerSettings(
@@ -136,8 +139,8 @@ class ManagerProcess:
         self.stopping = False
         self.ready_said = False
         self.sweep_us = 0
-        self.known_keys: dict[Address, str] = {}
-        self.key_trials: dict[Address, tuple[Iterator[str], int]] = {}
+        self.addresses: dict[int, Address] = {}  # of managers that something was sent to, by their instance
+        self.peer_keys: dict[Address, str] = {}  # the key by which each is connected: known, or under trial
         self.processes: dict[int, psutil.Process] = {}
         self.poller = Poller()
         self.poller.watch_signals(self._on_signal, signal.SIGTERM)
@@ -211,6 +214,8 @@ class ManagerProcess:
         for _, messages in self.peers.receive():
             for message in messages:
                 self.core.receive(now_us, message)
+        for instance in self.peers.check_handshakes():
+            self._try_next_key(instance)
         for channel in self.shards:
             channel.tick(now_us)
         for connection, requests in self.clients.receive():
@@ -240,7 +245,7 @@ class ManagerProcess:
     def _carry_out(self, now_us: int) -> None:
         for output in self.core.take_outputs():
             if isinstance(output, Send):
-                self._send(now_us, output)
+                self._send(output)
             elif isinstance(output, ShardCall):
                 self._call_shard(now_us, output)
             elif isinstance(output, Reply):
@@ -270,28 +275,37 @@ class ManagerProcess:
 
     # -- other managers ---------------------------------------------------------------------------------------------
 
-    def _send(self, now_us: int, output: Send) -> None:
-        address = output.address
-        instance = address_instance(address)
-        key = self._key_of(now_us, address)
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        if key is not None and self.peers.set_address(instance, f"tcp://{host}:{address[1]}", key):
+    def _send(self, output: Send) -> None:
+        instance = address_instance(output.address)
+        self.addresses[instance] = output.address
+        if self._connect(instance, output.address):
             self.peers.send(instance, [output.message])
 
-    def _key_of(self, now_us: int, address: Address) -> str | None:
-        """The CURVE key of the node at ``address``. Where it is not known, the fleet's keys are tried one by one."""
+    def _connect(self, instance: int, address: Address) -> bool:
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        key = self._key_of(address)
+        return key is not None and self.peers.set_address(instance, f"tcp://{host}:{address[1]}", key)
+
+    def _key_of(self, address: Address) -> str | None:
+        """The CURVE key to expect at ``address``; "" without keys, None if the fleet's list is empty.
+
+        Before anything is known of a node, CURVE wants its key: the first of the list is tried, and the next one
+        whenever the node there turns out to hold another (:meth:`_try_next_key`). Only keys of the list come in
+        question, whatever other nodes say.
+        """
         if self.keys is None:
             return ""
-        seen = self.core.public_key_at(address)
-        if seen:
-            return seen
-        trial = self.key_trials.get(address)
-        if trial is None:
-            trial = (itertools.cycle(self.allowed_keys), 0)
-        if now_us >= trial[1]:
-            self.known_keys[address] = next(trial[0])
-            self.key_trials[address] = (trial[0], now_us + KEY_TRY_US)
-        return self.known_keys.get(address)
+        key = self.peer_keys.get(address)
+        if key is None and self.allowed_keys:
+            said = self.core.public_key_at(address)
+            key = self.peer_keys[address] = said if said in self.allowed_keys else self.allowed_keys[0]
+        return key
+
+    def _try_next_key(self, instance: int) -> None:
+        address = self.addresses[instance]
+        later = bisect.bisect_right(self.allowed_keys, self.peer_keys[address])
+        self.peer_keys[address] = self.allowed_keys[later % len(self.allowed_keys)]
+        self._connect(instance, address)
 
     # -- what people see --------------------------------------------------------------------------------------------
 

@@ -162,6 +162,7 @@ class Worker:
             backlog, self.backlog = self.backlog, []
             for sender, messages in backlog:
                 host.receive(sender, messages)
+        peers.check_handshakes()
         for sender, messages in peers.receive():
             host.receive(sender, messages)
         if self.pushes:

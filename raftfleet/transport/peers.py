@@ -15,9 +15,14 @@ ZeroMQ's descriptor is edge-triggered: it becomes readable when something *chang
 whoever waits on :meth:`PeerSockets.fds` first receives until :meth:`PeerSockets.pending` is False. Sending does not
 disturb this, for it happens on other sockets than receiving.
 
+With keys a connection can fail in two ways that would otherwise look like silence, and ZeroMQ tells them apart: the
+other side refused our key (and then ZeroMQ never tries again, so we do), or it does not hold the key that we were told.
+:meth:`PeerSockets.check_handshakes` says which, on the receiving loop and a few times a second.
+
 The counters, by name: ``frames_received``, ``frames_sent``, ``bytes_sent``, ``bytes_received``;
 ``dropped: no address | queue full or peer away | too large``; ``refused: `` and one of :class:`WireError`'s reasons,
-``other fleet``, ``other instance``, ``more than one part``, ``public key``, ``bad address``.
+``other fleet``, ``other instance``, ``more than one part``, ``public key``, ``bad address``;
+``refused there: public key`` (a node does not have ours in its list); ``failed: wrong key``.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from raftfleet.transport.curve import ZAP_DOMAIN, NodeKeys, ZapHandler, is_public_key
 from raftfleet.transport.errors import ListenError
@@ -50,6 +56,14 @@ SOCKETS_MAX = 8192
 PEER_GONE_MS = 5000
 """A connection whose data is not acknowledged for so long is closed, so that nothing queues behind a cut cable. Beats
 flow all the time, so the data itself is the probe and no ping is needed."""
+
+HANDSHAKE_CHECK_US = 200_000
+REFUSED_AGAIN_US = 5_000_000
+"""How long after a refusal a connection is tried again: the list there may have been completed, its node restarted."""
+
+_HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 
 _ENDPOINT = re.compile(
     r"tcp://(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]{2,45}(?:%\w{1,15})?\]):([0-9]{1,5})"
@@ -89,7 +103,7 @@ class PeerSockets:
         limits: of a frame.
         accept_without_fleet: asked about a frame if its sender or this side is in no fleet. Default: refuse.
         on_other_fleet: told about each frame of another fleet, so that the manager can say so in words.
-        clock_us: for the rate of log lines only.
+        clock_us: for the rate of log lines and of looking after handshakes.
 
     Raises:
         ListenError: the address is taken or is not ours.
@@ -120,6 +134,9 @@ class PeerSockets:
         self._clock_us = clock_us
         self._log = LimitedLog(logger)
         self._peers: dict[int, tuple[zmq.Socket[bytes], str, str]] = {}
+        self._monitors: dict[int, zmq.Socket[bytes]] = {}  # only with keys
+        self._again_us: dict[int, int] = {}  # instance that refused our key -> when it is tried again
+        self._handshakes_us = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
         self._zap = ZapHandler(self._context, allowed_keys) if keys is not None else None
@@ -198,8 +215,10 @@ class PeerSockets:
             dealer.set(zmq.CONNECT_TIMEOUT, 2000)
             if self._keys is not None:
                 dealer.set(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
+                self._monitors[instance] = dealer.get_monitor_socket(_HANDSHAKE_FAILURES)
             dealer.connect(endpoint)
         except zmq.ZMQError as error:
+            self._close_monitor(instance)
             dealer.close(linger=0)
             self._refuse("bad address", "%s: %s", endpoint, error)
             return False
@@ -209,8 +228,49 @@ class PeerSockets:
     def forget(self, instance: int) -> None:
         """Close the connection to ``instance``; what waits for it is dropped. Unknown instances are ignored."""
         peer = self._peers.pop(instance, None)
+        self._again_us.pop(instance, None)
         if peer is not None:
+            self._close_monitor(instance)
             peer[0].close(linger=0)
+
+    def _close_monitor(self, instance: int) -> None:
+        monitor = self._monitors.pop(instance, None)
+        if monitor is not None:
+            monitor.close(linger=0)
+
+    def check_handshakes(self) -> list[int]:
+        """Look after connections that failed because of keys. At most a few times a second; else it does nothing.
+
+        One that was refused there is said in the log and tried again. Without keys there are none.
+
+        Returns:
+            Instances whose address was connected with a key that is not theirs (the handshake was broken off).
+        """
+        now_us = self._clock_us()
+        if self._keys is None or now_us < self._handshakes_us:
+            return []
+        self._handshakes_us = now_us + HANDSHAKE_CHECK_US
+        wrong = []
+        for instance, monitor in list(self._monitors.items()):
+            failures = 0
+            while int(monitor.get(_EVENTS)) & _POLLIN:
+                failures |= parse_monitor_message(monitor.recv_multipart(_NOBLOCK))["event"]
+            if failures & zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.counters["refused there: public key"] += 1
+                self._warn(
+                    "refused there",
+                    "%s refused this node: its public key %s is not in the list there (--curve-public-keys-file)",
+                    *(self._peers[instance][1], self._keys.public_key),
+                )
+                self._again_us[instance] = now_us + REFUSED_AGAIN_US
+            elif failures:
+                self.counters["failed: wrong key"] += 1
+                wrong.append(instance)
+        for instance in [instance for instance, again_us in self._again_us.items() if again_us <= now_us]:
+            _, endpoint, public_key = self._peers[instance]
+            self.forget(instance)
+            self.set_address(instance, endpoint, public_key)
+        return wrong
 
     def address(self, instance: int) -> str | None:
         """Where ``instance`` was last said to be."""

@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 from raftfleet.core import messages as m
+from raftfleet.transport import peers as peers_module
 from raftfleet.transport.curve import generate_keys
 from raftfleet.transport.errors import ListenError
 from raftfleet.transport.peers import PeerSockets, is_endpoint
@@ -381,7 +382,8 @@ def test_listed_keys_are_let_in_and_others_are_not(peers: Callable[..., PeerSock
     keys_a, keys_b, keys_c = generate_keys(), generate_keys(), generate_keys()
     listed = [keys_a.public_key, keys_b.public_key]
     a, b = peers(1, keys=keys_a, allowed_keys=listed), peers(2, keys=keys_b, allowed_keys=listed)
-    stranger = peers(3, keys=keys_c, allowed_keys=[keys_b.public_key])
+    now_us = [0]
+    stranger = peers(3, keys=keys_c, allowed_keys=[keys_b.public_key], clock_us=lambda: now_us[0])
     assert stranger.set_address(2, b.endpoint, keys_b.public_key)
     assert a.set_address(2, b.endpoint, keys_b.public_key)
     receive_until(b, counted(b, "refused: public key"))
@@ -394,13 +396,14 @@ def test_listed_keys_are_let_in_and_others_are_not(peers: Callable[..., PeerSock
     assert receive_until(b, bool) == [(1, [beat(2)])]
     b.set_allowed_keys([*listed, keys_c.public_key])
     give_up = time.monotonic() + PATIENCE_S
-    stranger.forget(2)  # ZeroMQ gives up on a peer that refused its key; its owner tries again
-    stranger.set_address(2, b.endpoint, keys_b.public_key)
-    while not stranger.send(2, [beat(3)]):
+    while not stranger.send(2, [beat(3)]):  # ZeroMQ gives up on a peer that refused its key; check_handshakes does not
         assert time.monotonic() < give_up
+        now_us[0] += peers_module.HANDSHAKE_CHECK_US
+        assert stranger.check_handshakes() == []
         b.receive()
         select.select([], [], [], 0.002)
     assert receive_until(b, bool) == [(3, [beat(3)])]
+    assert stranger.counters["refused there: public key"] == 1
 
 
 def test_a_node_with_keys_listens_to_nobody_without(
@@ -421,6 +424,30 @@ def test_a_node_with_keys_listens_to_nobody_without(
         assert b.receive() == []
         select.select([], [], [], 0.002)
     assert receive_until(b, bool) == [(1, [beat(2)])]
+
+
+def test_a_wrong_key_is_told_from_silence(peers: Callable[..., PeerSockets]) -> None:
+    keys_a, keys_b, other = generate_keys(), generate_keys(), generate_keys()
+    now_us = [0]
+    a = peers(1, keys=keys_a, allowed_keys=[], clock_us=lambda: now_us[0])
+    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    assert a.set_address(3, "tcp://127.0.0.1:1", keys_b.public_key)  # nobody is there: no key is wrong
+    assert a.set_address(2, b.endpoint, other.public_key)
+    give_up = time.monotonic() + PATIENCE_S
+    while not (wrong := a.check_handshakes()):
+        assert time.monotonic() < give_up
+        now_us[0] += peers_module.HANDSHAKE_CHECK_US
+        b.receive()
+        select.select([], [], [], 0.002)
+    assert wrong == [2]
+    assert a.set_address(2, b.endpoint, keys_b.public_key)
+    while not a.send(2, [beat(1)]):
+        assert time.monotonic() < give_up
+        now_us[0] += peers_module.HANDSHAKE_CHECK_US
+        assert a.check_handshakes() == []
+        b.receive()
+        select.select([], [], [], 0.002)
+    assert receive_until(b, bool) == [(1, [beat(1)])]
 
 
 def test_a_node_that_lies_about_its_key_gets_nothing(peers: Callable[..., PeerSockets]) -> None:
