@@ -29,9 +29,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raftfleet.core.codes import GONE_UID, NOT_LEADER
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.links import LIST_PART_GROUPS, MISMATCHES_BEFORE_LIST, Link, SentBeat
-from raftfleet.core.member import GROUP_GONE, NOT_LEADER, Member
+from raftfleet.core.member import Member
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import (
     APPEND,
@@ -343,7 +344,7 @@ class Shard:
         if buried is not None:
             member.term, member.vote, member.forgotten_end = buried.term, buried.vote, buried.log_end
         if voters is not None:
-            member._wait_to_campaign()
+            member.wait_to_campaign()
             if campaign:
                 member.campaign(pre=True)
         for (held_uid, sender), (until_us, message) in list(self._held_votes.items()):
@@ -357,7 +358,7 @@ class Shard:
         """The group is no more: answer what waits, forget everything."""
         member = self.members.get(uid)
         if member is not None:
-            self._forget(member, GROUP_GONE)
+            self._forget(member, GONE_UID)
         self.tombstones.pop(uid, None)
 
     def drop_member(self, member: Member) -> None:
@@ -378,10 +379,9 @@ class Shard:
         if member.lead is not None:
             first = len(self._replies)
             member.step_down()
-            if code == GROUP_GONE:
+            if code == GONE_UID:
                 self._replies[first:] = [
-                    (token, GROUP_GONE if was == NOT_LEADER else was, body)
-                    for token, was, body in self._replies[first:]
+                    (token, GONE_UID if was == NOT_LEADER else was, body) for token, was, body in self._replies[first:]
                 ]
         if member.leader:
             self.link(member.leader).unfollow(member)
@@ -427,7 +427,7 @@ class Shard:
         """A packed command for group ``uid``; answered once, with ``token``."""
         member = self.members.get(uid)
         if member is None:
-            self.reply(token, GROUP_GONE if self.is_dead(uid) else NOT_LEADER, (0, 0))
+            self.reply(token, GONE_UID if self.is_dead(uid) else NOT_LEADER, (0, 0))
             return
         member.propose(command, token)
 
@@ -435,7 +435,7 @@ class Shard:
         """A packed query. ``stale``: answered from this member as it is, whoever leads."""
         member = self.members.get(uid)
         if member is None:
-            self.reply(token, GROUP_GONE if self.is_dead(uid) else NOT_LEADER, (0, 0))
+            self.reply(token, GONE_UID if self.is_dead(uid) else NOT_LEADER, (0, 0))
         elif stale:
             self.reply(token, *member.evaluate(arg))
         else:

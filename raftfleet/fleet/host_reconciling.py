@@ -11,7 +11,8 @@ This module does not plan; :mod:`raftfleet.fleet.reconcile` does, from a view th
 
 from __future__ import annotations
 
-from raftfleet.core.member import CAUGHT_UP_ENTRIES, ConfigChangeRefused, Member
+from raftfleet.core.change import CAUGHT_UP_ENTRIES, ConfigChangeRefused
+from raftfleet.core.member import Member
 from raftfleet.core.names import FLEET_UID
 from raftfleet.core.progress import REPLICATE
 from raftfleet.fleet.host_following import FollowingLayer

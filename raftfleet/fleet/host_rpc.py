@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.codes import BAD_REQUEST, GONE_UID, NOT_IMPORTABLE, NOT_LEADER, OK, REFUSED
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.host_messages import RPC, RPC_ANSWER, Rpc, RpcAnswer
-from raftfleet.core.member import ConfigChangeRefused
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host_state import HostState
 

@@ -21,8 +21,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.config import GroupConfig
-from raftfleet.core.member import ConfigChangeRefused
 from raftfleet.core.shard import Shard, ShardSettings
 from raftfleet.testing.checkers import LEADER, ClusterChecker, HistoryChecker
 from raftfleet.testing.clients import KNOWN_CODES, Call, SimClient, Token

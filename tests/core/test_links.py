@@ -28,7 +28,7 @@ def unfollow(cluster: Cluster, instance: int, uid: int = 1) -> None:
     member = cluster.member(instance, uid)
     cluster.shards[instance].links[member.leader].unfollow(member)
     member.leader = 0
-    member._wait_to_campaign()
+    member.wait_to_campaign()
 
 
 def test_both_ends_of_a_link_come_to_equal_digests() -> None:

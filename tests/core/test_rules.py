@@ -20,7 +20,7 @@ from core.harness import (
     pack,
 )
 
-from raftfleet.core.member import FOLLOWER, PRE_CANDIDATE, ConfigChangeRefused
+from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import (
     APPEND_ANSWER,
@@ -43,6 +43,7 @@ from raftfleet.core.messages import (
     Vote,
     VoteAnswer,
 )
+from raftfleet.core.roles import FOLLOWER, PRE_CANDIDATE
 
 # -- 1: a follower's log ----------------------------------------------------------------------------------------------
 
@@ -324,7 +325,7 @@ def test_rule_04_chunks_of_two_leaders_are_not_mixed() -> None:
 
 
 def test_rule_04_a_lost_chunk_is_sent_again_and_order_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raftfleet.core.member.CHUNK_BYTES", 200)
+    monkeypatch.setattr("raftfleet.core.snapshots.CHUNK_BYTES", 200)
     cluster = Cluster(4, voters=(1, 2, 3), log_entries_kept=2)
     cluster.settle()
     for number in range(30):

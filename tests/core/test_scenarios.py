@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgpack
 from core.harness import WALL_US, Cluster, Journal, Lone, append
 
-from raftfleet.core.member import ConfigChangeRefused
+from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import SNAPSHOT, Append, AppendAnswer, Snapshot, SnapshotAnswer
 

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from raftfleet.core import own_log
 from raftfleet.core.member import Member
 from raftfleet.core.messages import Append
 from raftfleet.core.sessions import Session, Sessions
@@ -146,7 +147,7 @@ def test_a_follower_that_deletes_beyond_the_conflict_is_noticed(monkeypatch: pyt
         if m.term >= self.term and self.lead is None and self.commit <= end < self.log.last_index:
             if end >= self.log.snapshot_index:
                 self.log.truncate_from(end + 1)
-                self._forget_memberships(end + 1)
+                own_log.forget_memberships(self, end + 1)
         original(self, sender, m)
 
     monkeypatch.setattr(Member, "on_append", on_append)

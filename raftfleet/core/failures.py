@@ -1,0 +1,34 @@
+"""What user code raised, as something that can be stored, replicated and told to a client.
+
+This module knows nothing of Raft. Whatever a user's exception looks like, what comes out is equal on every replica and
+can be packed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from raftfleet.core.codes import COMMAND_FAILED, OVERLOADED
+from raftfleet.core.sessions import NIL
+
+
+def describe(error: BaseException) -> list[str]:
+    """``[type, message]`` of what user code raised, as text that always packs (its ``__str__`` may raise too)."""
+    try:
+        message = str(error)[:1000]
+    except Exception:
+        message = "(its message cannot be read)"
+    return [type(error).__name__, message.encode("utf-8", "backslashreplace").decode("utf-8")]
+
+
+def failure_body(code: int, body: Any) -> Any:
+    """What the client is told with a code other than OK; stored results are packed."""
+    if code == COMMAND_FAILED:
+        return msgpack.unpackb(body)
+    if body is not NIL:
+        return body
+    if code == OVERLOADED:
+        return "the group remembers session_count_max clients, or too many results of this one"
+    return "the retry came too late to tell whether the first attempt was applied"

@@ -1,0 +1,48 @@
+"""What a member holds only while it leads.
+
+This module knows nothing of messages: it is a record. Its existence is what "is leader" means (``member.lead``), so
+nothing in it can outlive the leadership: it is made in :mod:`raftfleet.core.election` and dropped in
+:mod:`raftfleet.core.roles`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raftfleet.core.progress import Progress, Transfer
+
+
+class Leading:
+    """What a member holds only while it leads."""
+
+    __slots__ = (
+        "batch",
+        "batch_bytes",
+        "config_index",
+        "elected_us",
+        "lease_void",
+        "noop_index",
+        "pending",
+        "progress",
+        "reads",
+        "removed",
+        "snapshot",
+        "transfer_deadline_us",
+        "transfer_target",
+    )
+
+    def __init__(self, elected_us: int) -> None:
+        self.progress: dict[int, Progress] = {}
+        self.noop_index = 0
+        self.elected_us = elected_us
+        self.config_index = 0  # of a CONFIG entry that is not committed yet
+        self.batch: list[tuple[bytes, object]] = []  # (command, token) not in the log yet
+        self.batch_bytes = 0
+        self.pending: dict[int, list[object]] = {}  # index -> tokens of its commands
+        self.reads: list[tuple[int, int, object, bytes]] = []  # (stamp, read index, token, arg)
+        self.transfer_target = 0
+        self.transfer_deadline_us = 0
+        self.lease_void = False
+        self.removed: list[int] = []  # to be told so when the configuration is committed
+        self.snapshot: Transfer | None = None  # the newest made, shared by all that need one

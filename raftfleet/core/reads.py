@@ -1,0 +1,110 @@
+"""Linearizable queries, without an entry in the log: ReadIndex, and the lease.
+
+This module reads no clock: stamps and the time are the shard's.
+
+Rules (thesis 6.4; DESIGN 5.2, 5.10):
+
+* A query is answered when an entry of this leader's term is committed, a quorum has confirmed this leader by answers to
+  messages sent *after* the query came, and the read index is applied.
+* The lease, only where ``clock_drift_margin`` allows it, counts from the stamp of what a quorum answered, is shorter
+  than the followers' refusal to vote by that margin, and is void from the start of a transfer. Its answers are offers:
+  the shard reads the clock again before it hands them out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from raftfleet.core import apply, replication
+from raftfleet.core.codes import NOT_LEADER, OK, QUERY_FAILED
+from raftfleet.core.failures import describe
+from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
+
+if TYPE_CHECKING:
+    from raftfleet.core.member import Member
+
+
+def read(member: Member, arg: bytes, token: object) -> None:
+    """A linearizable query: answered when a quorum has confirmed a message sent after now (thesis 6.4)."""
+    lead = member.lead
+    shard = member.shard
+    if lead is None:
+        shard.reply(token, NOT_LEADER, (member.leader, member.term))
+        return
+    lead.reads.append((shard.stamp, max(member.commit, lead.noop_index), token, arg))
+    shard.reading[member.uid] = member
+
+
+def lease_until_us(member: Member) -> int:
+    """End of the lease by this clock, 0 where there is none (DESIGN 5.10)."""
+    lead = member.lead
+    margin = member.config.clock_drift_margin
+    if lead is None or margin is None or lead.lease_void or member.commit < lead.noop_index:
+        return 0
+    return member.quorum_stamp() + int(member.election_timeout_us * (1.0 - margin))
+
+
+def ask_for_confirmation(member: Member) -> None:
+    """Reads wait: make sure that a message sent from now on will be answered by every voter."""
+    lead = member.lead
+    if lead is None or not lead.reads:
+        return
+    newest = lead.reads[-1][0]
+    for voter in member.membership.voters:
+        if voter == member.id:
+            continue
+        progress = lead.progress[voter]
+        if progress.sent_stamp >= newest and progress.state != SENDING_SNAPSHOT:
+            continue
+        link = member.shard.links[voter]
+        if progress.led and not link.mismatch_count:
+            # One beat after the newest read is enough: asking again in each turn, on a slow link, makes every
+            # answer breed new beats. A lost one is made good by the periodic beat.
+            if link.beat_stamp < newest or link.seq < progress.led_seq:
+                member.shard.want_beat(voter)
+        elif progress.state != SENDING_SNAPSHOT:
+            replication.send_probe(member, voter, progress)
+
+
+def answer_reads(member: Member) -> bool:
+    """Answer the reads that are confirmed and applied; returns whether some still wait."""
+    lead = member.lead
+    if lead is None:
+        return False
+    reads = lead.reads
+    if member.commit < lead.noop_index:
+        return bool(reads)
+    confirmed = member.quorum_stamp()
+    lease_until_us = member.lease_until_us()
+    done = 0
+    for stamp, read_index, token, arg in reads:
+        if member.applied < read_index:
+            break
+        if stamp <= confirmed:
+            member.shard.reply(token, *member.evaluate(arg, hooked=True))
+        elif lease_until_us > member.shard.now_us:
+            # Only an offer: the caller reads the clock again before it hands the answer out.
+            code, body = member.evaluate(arg, hooked=True)
+            member.shard.offer_lease_answer(member, lease_until_us, token, arg, code, body)
+        else:
+            break
+        done += 1
+    if done:
+        del reads[:done]
+    return bool(reads)
+
+
+def evaluate(member: Member, arg: bytes, *, hooked: bool = False) -> tuple[int, Any]:
+    """Run the user's query on the present state."""
+    try:
+        value = msgpack.unpackb(arg, raw=False, strict_map_key=False)
+        with member.shard.user_code(member):
+            result = member.machine.query(member.state, value)
+        packed = msgpack.packb(result, use_bin_type=True)
+    except Exception as error:
+        return QUERY_FAILED, describe(error)
+    if hooked and member.hook is not None:
+        apply.call_hook(member, "on_query_answered", member.state, value, result)
+    return OK, packed

@@ -1,0 +1,173 @@
+"""Snapshots: made of what is applied, sent in chunks, taken over by whoever lacks the log.
+
+This module knows nothing of files: a shard saves what is installed here. What a leader does with the answers is in
+:mod:`raftfleet.core.replication`.
+
+Rules (paper 7, thesis 5.1; DESIGN 5.4):
+
+* A snapshot is installed only if it is ahead of what is committed here; the term is checked first.
+* It is saved before it is acknowledged as done. Membership and client sessions travel inside, and the membership has an
+  index of its own.
+* A log that agrees with the snapshot's last entry keeps what comes after it; any other log is replaced.
+* Chunks of another leader, index, term or length are never put together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgpack
+
+from raftfleet.core import apply, roles
+from raftfleet.core.failures import describe
+from raftfleet.core.membership import Membership
+from raftfleet.core.messages import APPEND_ANSWER, SNAPSHOT, SNAPSHOT_ANSWER, AppendAnswer, Snapshot, SnapshotAnswer
+from raftfleet.core.progress import CHUNK_BYTES, CHUNKS_IN_FLIGHT_MAX, Transfer
+from raftfleet.core.sessions import Sessions
+
+if TYPE_CHECKING:
+    from raftfleet.core.member import Member
+    from raftfleet.core.progress import Progress
+
+
+def make_snapshot(member: Member) -> tuple[int, int, bytes]:
+    """``(index, term, bytes)`` of everything applied here.
+
+    The bytes are msgpack ``[format = 1, membership index, membership, last time, sessions, machine version,
+    state]``.
+    """
+    index = member.applied
+    at, membership = member.memberships[0]
+    for row in member.memberships:
+        if row[0] <= index:
+            at, membership = row
+    with member.shard.user_code(member):
+        state = member.machine.dump(member.state)
+    parts = [1, at, membership.pack(), member.last_time_us, member.session_table.dump(), member.machine.version, state]
+    return index, member.log.term_at(index), bytes(msgpack.packb(parts, use_bin_type=True))
+
+
+def start_snapshot(member: Member, peer: int, progress: Progress) -> None:
+    """``peer`` needs what is compacted away: send it a snapshot, made now unless a fit one is at hand."""
+    lead = member.lead
+    assert lead is not None
+    shared = lead.snapshot
+    if shared is None or shared.index < member.log.snapshot_index:
+        try:
+            index, term, data = member.make_snapshot()
+        except Exception as error:
+            member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
+            progress.paused = True
+            progress.sent_stamp = member.shard.stamp
+            return
+        shared = lead.snapshot = Transfer(index, term, data)
+    progress.to_snapshot(Transfer(shared.index, shared.term, shared.data))
+    send_chunks(member, peer, progress)
+
+
+def send_chunks(member: Member, peer: int, progress: Progress) -> None:
+    """Send ``peer`` the next chunks, as far as the window allows."""
+    transfer = progress.transfer
+    assert transfer is not None
+    stamp = member.shard.stamp
+    total = len(transfer.data)
+    while transfer.sent < total and transfer.sent - transfer.acked < CHUNKS_IN_FLIGHT_MAX * CHUNK_BYTES:
+        data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
+        member.shard.send(
+            peer,
+            Snapshot(
+                SNAPSHOT,
+                member.uid,
+                member.term,
+                transfer.index,
+                transfer.term,
+                transfer.sent,
+                total,
+                stamp,
+                progress.life,
+                data,
+            ),
+        )
+        transfer.sent += len(data)
+        progress.sent_stamp = stamp
+
+
+def on_snapshot(member: Member, sender: int, m: Snapshot) -> None:
+    """A chunk. The snapshot counts only if it is ahead of what is committed here (DESIGN 5.4)."""
+    if m.term < member.term:
+        member.shard.send_saved(
+            sender, AppendAnswer(APPEND_ANSWER, member.uid, member.term, False, m.index, 0, 0, m.stamp, m.life)
+        )
+        return
+    if not roles.is_present_life(member, m.life, m.term):
+        return
+    if member.lead is not None and m.term == member.term:
+        member.shard.violation(member, f"two leaders in term {m.term}: {sender} and {member.id}")
+        return
+    if member.leader != sender or m.term != member.term:
+        roles.follow(member, m.term, sender)
+    else:
+        member.heard_us = member.shard.now_us
+        member.timer_us = 0
+    if m.index <= member.commit:
+        member.incoming = None
+        _answer_snapshot(member, sender, m, m.total, True)
+        return
+    incoming = member.incoming
+    if incoming is None or incoming[:3] != (m.index, m.index_term, m.total):
+        incoming = member.incoming = (m.index, m.index_term, m.total, bytearray())
+    received = incoming[3]
+    if m.offset == len(received) and m.offset + len(m.data) <= m.total:
+        received += m.data
+    done = len(received) == m.total
+    if done:
+        member.incoming = None
+        if not _install_snapshot(member, m.index, m.index_term, bytes(received)):
+            return
+    _answer_snapshot(member, sender, m, len(received), done)
+
+
+def _answer_snapshot(member: Member, sender: int, m: Snapshot, next_offset: int, done: bool) -> None:
+    member.shard.send_saved(
+        sender,
+        SnapshotAnswer(
+            SNAPSHOT_ANSWER, member.uid, member.term, m.index, m.index_term, next_offset, done, m.stamp, m.life
+        ),
+    )
+
+
+def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> bool:
+    """Take over state, sessions and membership; returns False (and says so) if the bytes are of no use."""
+    try:
+        form, at, membership_data, time_us, session_rows, version, state_data = msgpack.unpackb(
+            data, raw=False, strict_map_key=False
+        )
+        if form != 1:
+            raise ValueError(f"snapshot format {form} is not known here")
+        membership = Membership.unpack(membership_data, at)
+        with member.shard.user_code(member):
+            state = member.machine.load(state_data)
+            if version != member.machine.version:
+                state = member.machine.upgrade(state, version)
+        table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
+        table.load(session_rows)
+    except Exception as error:
+        member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
+        return False
+    log = member.log
+    if log.term_at(index) == term:
+        log.compact_to(index)  # the rest of the log agrees up to here and stays
+        later = [row for row in member.memberships if row[0] > index]
+    else:
+        log.reset_to(index, term)
+        later = []
+    member.memberships = [(at, membership), *later]
+    member.state = state
+    member.session_table = table
+    member.last_time_us = max(time_us, member.last_time_us)
+    member.commit = member.applied = index
+    member.shard.save_snapshot(member, data)
+    if member.hook is not None:
+        apply.call_hook(member, "on_restored", state)
+    member.shard.on_restored(member)
+    return True
