@@ -21,7 +21,7 @@ import msgpack
 
 from raftfleet.core import sessions as session_rules
 from raftfleet.core.codes import BAD_REQUEST, COMMAND_FAILED, OK
-from raftfleet.core.failures import describe, failure_body
+from raftfleet.core.failures import describe, failure_body, pack_result
 from raftfleet.core.messages import COMMANDS, CONFIG
 from raftfleet.core.sessions import Session
 
@@ -88,8 +88,8 @@ def _apply_command(member: Member, table: Sessions, command: bytes, time_us: int
     try:
         value = msgpack.unpackb(arg, raw=False, strict_map_key=False)
         result, after = member.machine.command(before, value)
-        packed = msgpack.packb(result, use_bin_type=True)
-    except Exception as error:
+        packed = pack_result(result)
+    except BaseException as error:  # SystemExit too: a user's code ends its command, never the worker
         outcome = (COMMAND_FAILED, msgpack.packb(describe(error)))
     else:
         member.state = after
@@ -124,5 +124,5 @@ def call_hook(member: Member, method: str, *args: Any) -> None:
     try:
         with member.shard.user_code(member):
             getattr(member.hook, method)(member.name, *args)
-    except Exception as error:
+    except BaseException as error:
         member.shard.event("hook_failed", member.uid, method, ": ".join(describe(error)))

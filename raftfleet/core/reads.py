@@ -19,7 +19,7 @@ import msgpack
 
 from raftfleet.core import apply, replication
 from raftfleet.core.codes import NOT_LEADER, OK, QUERY_FAILED
-from raftfleet.core.failures import describe
+from raftfleet.core.failures import describe, pack_result
 from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def evaluate(member: Member, arg: bytes, *, hooked: bool = False) -> tuple[int, 
         value = msgpack.unpackb(arg, raw=False, strict_map_key=False)
         with member.shard.user_code(member):
             result = member.machine.query(member.state, value)
-        packed = msgpack.packb(result, use_bin_type=True)
-    except Exception as error:
+        packed = pack_result(result)
+    except BaseException as error:  # SystemExit too: a user's code ends its query, never the worker
         return QUERY_FAILED, describe(error)
     if hooked and member.hook is not None:
         apply.call_hook(member, "on_query_answered", member.state, value, result)

@@ -419,7 +419,11 @@ class Shard:
         if recipe is None:
             return None
         name, config, machine, hook = recipe
-        return self.create_group(uid, name, config, machine, None, hook=hook, life=life)
+        try:
+            return self.create_group(uid, name, config, machine, None, hook=hook, life=life)
+        except BaseException as error:  # of the user's ``new``: the leader will ask again
+            self.event("cannot_start", uid, name, error)
+            return None
 
     # ------------------------------------------------------------------ requests
 

@@ -55,7 +55,7 @@ def start_snapshot(member: Member, peer: int, progress: Progress) -> None:
     if shared is None or shared.index < member.log.snapshot_index:
         try:
             index, term, data = member.make_snapshot()
-        except Exception as error:
+        except BaseException as error:
             member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
             progress.paused = True
             progress.sent_stamp = member.shard.stamp
@@ -151,7 +151,7 @@ def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> boo
                 state = member.machine.upgrade(state, version)
         table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
         table.load(session_rows)
-    except Exception as error:
+    except BaseException as error:
         member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
         return False
     log = member.log

@@ -25,7 +25,7 @@ It is one object, not ten: the way of a command crosses several layers, and a ca
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from raftfleet.core.host_messages import (
     FORWARD,
@@ -38,6 +38,8 @@ from raftfleet.core.host_messages import (
     RPC_ANSWER,
     Forward,
     ForwardAnswer,
+    ForwardReply,
+    ForwardRequest,
     Introduce,
     Leaders,
 )
@@ -52,6 +54,26 @@ COMMAND_OP, QUERY_OP, CALL_OP = 1, 2, 3
 SWEEP_US = 10_000_000
 RECONCILE_RETRY_US = 300_000
 RECONCILE_PER_ROUND = 64
+MESSAGE_BYTES_MAX = 4 << 20
+"""Requests or answers of one message: a frame holds several messages, and is cut between them where it is too large."""
+
+Item = TypeVar("Item", ForwardRequest, ForwardReply)
+
+
+def in_parts(items: list[Item]) -> list[list[Item]]:
+    """``items`` in runs whose bodies have at most MESSAGE_BYTES_MAX together (or a single larger one)."""
+    sizes = [len(item.body) if type(item.body) is bytes else 64 for item in items]
+    if sum(sizes) <= MESSAGE_BYTES_MAX:
+        return [items]
+    parts: list[list[Item]] = []
+    room = 0
+    for item, size_bytes in zip(items, sizes, strict=True):
+        room -= size_bytes
+        if room < 0 or not parts:
+            parts.append([])
+            room = MESSAGE_BYTES_MAX - size_bytes
+        parts[-1].append(item)
+    return parts
 
 
 class Host(CallLayer):
@@ -136,11 +158,13 @@ class Host(CallLayer):
                 sends[peer] = messages
         if self._forwards:
             for peer, requests in self._forwards.items():
-                sends.setdefault(peer, []).append(Forward(FORWARD, requests))
+                for part in in_parts(requests):
+                    sends.setdefault(peer, []).append(Forward(FORWARD, part))
             self._forwards = {}
         if self._answers:
             for peer, replies in self._answers.items():
-                sends.setdefault(peer, []).append(ForwardAnswer(FORWARD_ANSWER, replies))
+                for answered in in_parts(replies):
+                    sends.setdefault(peer, []).append(ForwardAnswer(FORWARD_ANSWER, answered))
             self._answers = {}
         if self._notices:
             for peer, notices in self._notices.items():
@@ -275,6 +299,8 @@ class Host(CallLayer):
         elif kind == "hook_failed":
             self.count("hook_failures")
             self.note("error", f"group {self._name(uid)}: hook {event[2]} raised {event[3]}")
+        elif kind == "cannot_start":
+            self._cannot_start(event[2], event[3])
         elif kind == "snapshot_failed":
             self.count("snapshot_failures")
             self.note("error", f"group {self._name(uid)}: its state could not be dumped or loaded: {event[2]}")

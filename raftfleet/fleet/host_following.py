@@ -19,6 +19,7 @@ import msgpack
 from raftfleet.core.codes import PUSH
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
+from raftfleet.core.failures import describe
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
 from raftfleet.fleet.host_routing import RoutingLayer
 from raftfleet.fleet.machine import FleetState, Group, RecordingFleetMachine
@@ -67,10 +68,13 @@ class FollowingLayer(RoutingLayer):
     def _make_machine(self, group: Group) -> tuple[Any, Any] | None:
         try:
             return self.make_machine(group.group_config())
-        except Exception as error:
-            self.count("not_importable")
-            self.note("error", f"group {group.name}: cannot start a member here: {type(error).__name__}: {error}")
+        except BaseException as error:
+            self._cannot_start(group.name, error)
             return None
+
+    def _cannot_start(self, name: str, error: BaseException) -> None:
+        self.count("not_importable")
+        self.note("error", f"group {name}: cannot start a member here: {': '.join(describe(error))}")
 
     # ------------------------------------------------------------------ what comes from the log
 
@@ -164,7 +168,7 @@ class FollowingLayer(RoutingLayer):
             for index, instance in enumerate(node.instances):
                 self._set_address(instance, node.endpoint(index), node.public_key)
         for instance, why in self.fleet.gone.items():
-            if instance not in self.shard.gone:
+            if self.shard.gone.get(instance) != "operator":
                 self.shard.gone[instance] = why
             if instance in self.addresses:
                 del self.addresses[instance]
@@ -203,17 +207,16 @@ class FollowingLayer(RoutingLayer):
         if self.instance not in instances:
             return
         made = self._make_machine(group)
-        if made is not None:
-            machine, hook = made
+        if made is None:
+            return
+        machine, hook = made
+        campaign = instances[0] == self.instance
+        try:
             self.shard.create_group(
-                uid,
-                group.name,
-                group.group_config(),
-                machine,
-                instances,
-                campaign=instances[0] == self.instance,
-                hook=hook,
+                uid, group.name, group.group_config(), machine, instances, campaign=campaign, hook=hook
             )
+        except BaseException as error:  # of the user's ``new``
+            self._cannot_start(group.name, error)
 
     def _group_removed(self, name: str, uid: int) -> None:
         if self._known.get(name) == uid:

@@ -16,6 +16,7 @@ from typing import Any
 from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.codes import BAD_REQUEST, GONE_UID, NOT_IMPORTABLE, NOT_LEADER, OK, REFUSED
 from raftfleet.core.config import GroupConfig
+from raftfleet.core.failures import describe
 from raftfleet.core.host_messages import RPC, RPC_ANSWER, Rpc, RpcAnswer
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host_state import HostState
@@ -75,8 +76,8 @@ class RpcLayer(HostState):
         try:
             machine, _ = self.make_machine(config)
             machine.dump(machine.new())
-        except Exception as error:
-            return NOT_IMPORTABLE, [self.settings.node, f"{type(error).__name__}: {error}"]
+        except BaseException as error:
+            return NOT_IMPORTABLE, [self.settings.node, ": ".join(describe(error))]
         return OK, {}
 
     def _rpc_who_leads(self, uid: int) -> tuple[int, Any]:

@@ -16,7 +16,7 @@ whoever waits on :meth:`PeerSockets.fds` first receives until :meth:`PeerSockets
 disturb this, for it happens on other sockets than receiving.
 
 With keys a connection can fail in two ways that would otherwise look like silence, and ZeroMQ tells them apart: the
-other side refused our key (and then ZeroMQ never tries again, so we do), or it does not hold the key that we were told.
+other side refused our key (and then ZeroMQ never tries again, so we do), or it does not hold the key that we expected.
 :meth:`PeerSockets.check_handshakes` says which, on the receiving loop and a few times a second.
 
 The counters, by name: ``frames_received``, ``frames_sent``, ``bytes_sent``, ``bytes_received``;
@@ -28,6 +28,7 @@ The counters, by name: ``frames_received``, ``frames_sent``, ``bytes_sent``, ``b
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import re
 import time
@@ -58,8 +59,9 @@ PEER_GONE_MS = 5000
 flow all the time, so the data itself is the probe and no ping is needed."""
 
 HANDSHAKE_CHECK_US = 200_000
-REFUSED_AGAIN_US = 5_000_000
-"""How long after a refusal a connection is tried again: the list there may have been completed, its node restarted."""
+AFRESH_US = 5_000_000
+"""A connection with keys that did not come about for so long is made afresh. ZeroMQ itself gives up for good after some
+failures of a handshake, a refused key among them; but the list there may have been completed, its node restarted."""
 
 _HANDSHAKE_FAILURES = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -135,7 +137,8 @@ class PeerSockets:
         self._log = LimitedLog(logger)
         self._peers: dict[int, tuple[zmq.Socket[bytes], str, str]] = {}
         self._monitors: dict[int, zmq.Socket[bytes]] = {}  # only with keys
-        self._again_us: dict[int, int] = {}  # instance that refused our key -> when it is tried again
+        self._monitor_numbers = itertools.count()
+        self._afresh_us: dict[int, int] = {}  # instance that is not connected -> when that is begun anew
         self._handshakes_us = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
@@ -215,11 +218,10 @@ class PeerSockets:
             dealer.set(zmq.CONNECT_TIMEOUT, 2000)
             if self._keys is not None:
                 dealer.set(zmq.CURVE_SERVERKEY, public_key.encode("ascii"))
-                self._monitors[instance] = dealer.get_monitor_socket(_HANDSHAKE_FAILURES)
+                self._monitor(instance, dealer)
             dealer.connect(endpoint)
         except zmq.ZMQError as error:
-            self._close_monitor(instance)
-            dealer.close(linger=0)
+            self._close(instance, dealer)
             self._refuse("bad address", "%s: %s", endpoint, error)
             return False
         self._peers[instance] = (dealer, endpoint, public_key)
@@ -228,20 +230,35 @@ class PeerSockets:
     def forget(self, instance: int) -> None:
         """Close the connection to ``instance``; what waits for it is dropped. Unknown instances are ignored."""
         peer = self._peers.pop(instance, None)
-        self._again_us.pop(instance, None)
+        self._afresh_us.pop(instance, None)
         if peer is not None:
-            self._close_monitor(instance)
-            peer[0].close(linger=0)
+            self._close(instance, peer[0])
 
-    def _close_monitor(self, instance: int) -> None:
+    def _monitor(self, instance: int, dealer: zmq.Socket[bytes]) -> None:
+        """Have ZeroMQ's thread tell of failed handshakes.
+
+        It tells by a blocking send: with a limit of what may wait, or with nobody at the other end any more, that
+        would stop the thread and all connections with it. So there is no limit, and :meth:`_close` has an order.
+        """
+        endpoint = f"inproc://handshakes-{next(self._monitor_numbers)}"
+        dealer.monitor(endpoint, _HANDSHAKE_FAILURES)
+        monitor = self._monitors[instance] = self._context.socket(zmq.PAIR)
+        monitor.set(zmq.LINGER, 0)
+        monitor.set(zmq.RCVHWM, 0)
+        monitor.connect(endpoint)
+
+    def _close(self, instance: int, dealer: zmq.Socket[bytes]) -> None:
         monitor = self._monitors.pop(instance, None)
+        if self._keys is not None:
+            dealer.disable_monitor()
         if monitor is not None:
             monitor.close(linger=0)
+        dealer.close(linger=0)
 
     def check_handshakes(self) -> list[int]:
         """Look after connections that failed because of keys. At most a few times a second; else it does nothing.
 
-        One that was refused there is said in the log and tried again. Without keys there are none.
+        One that was refused there is said in the log. One that does not come about is made afresh every few seconds.
 
         Returns:
             Instances whose address was connected with a key that is not theirs (the handshake was broken off).
@@ -262,14 +279,15 @@ class PeerSockets:
                     "%s refused this node: its public key %s is not in the list there (--curve-public-keys-file)",
                     *(self._peers[instance][1], self._keys.public_key),
                 )
-                self._again_us[instance] = now_us + REFUSED_AGAIN_US
             elif failures:
                 self.counters["failed: wrong key"] += 1
                 wrong.append(instance)
-        for instance in [instance for instance, again_us in self._again_us.items() if again_us <= now_us]:
-            _, endpoint, public_key = self._peers[instance]
-            self.forget(instance)
-            self.set_address(instance, endpoint, public_key)
+            if int(self._peers[instance][0].get(_EVENTS)) & _POLLOUT:
+                self._afresh_us.pop(instance, None)
+            elif self._afresh_us.setdefault(instance, now_us + AFRESH_US) <= now_us:
+                _, endpoint, public_key = self._peers[instance]
+                self.forget(instance)
+                self.set_address(instance, endpoint, public_key)
         return wrong
 
     def address(self, instance: int) -> str | None:
@@ -289,7 +307,7 @@ class PeerSockets:
     # --- frames ---
 
     def send(self, instance: int, messages: Sequence[tuple[Any, ...]], *, to_whoever: bool = False) -> bool:
-        """Send one frame with these messages to ``instance``. Never blocks.
+        """Send these messages to ``instance``, in one frame or, where that is too large, in several. Never blocks.
 
         Args:
             to_whoever: for whoever listens at that address, whatever its instance (managers know addresses first).
@@ -304,6 +322,10 @@ class PeerSockets:
             return False
         frame = encode_frame(self.fleet, self.instance, 0 if to_whoever else instance, messages)
         size_bytes = len(frame)
+        if size_bytes > self._limits.frame_bytes_max and len(messages) > 1:
+            half = len(messages) // 2
+            first = self.send(instance, messages[:half], to_whoever=to_whoever)
+            return self.send(instance, messages[half:], to_whoever=to_whoever) and first
         if size_bytes > self._limits.frame_bytes_max:
             # The receiver would end the connection, and with it lose whatever else is under way.
             self.counters["dropped: too large"] += 1
