@@ -19,6 +19,7 @@ Commands are lists, first item a str::
     ["join", node fields]                                name, zone, host, port, public_key, instances[, replaces]
     ["deactivate", node] ["leave", node]                 leave: only of a node that is being deactivated
     ["remove_node", node, reason, [instance, ...]]       reason: "operator" or "purged"; instances: as the asker knows
+    ["declare_lost", node]                               an operator: what that node once held will not come back
     ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
     ["renew_group", uid, [instance, ...]]                on_majority_loss = "new": its lost voters, which are gone
@@ -154,6 +155,7 @@ class FleetState:
         groups: by uid, in order of adding.
         by_name: the same :class:`Group` objects by name.
         gone: instance -> why, oldest first.
+        former: instance -> name of the node that it was of, for those in ``gone``.
         epoch: the highest epoch of an applied command.
         counter: how many groups were ever added.
         node_version: rises whenever a node or an instance comes, goes or changes; local, not replicated.
@@ -167,6 +169,7 @@ class FleetState:
         "counter",
         "epoch",
         "fleet_id",
+        "former",
         "gone",
         "groups",
         "node_version",
@@ -179,6 +182,7 @@ class FleetState:
         self.groups: dict[int, Group] = {}
         self.by_name: dict[str, Group] = {}
         self.gone: dict[int, str] = {}
+        self.former: dict[int, str] = {}
         self.epoch = 0
         self.counter = 0
         self.node_version = 0
@@ -314,7 +318,7 @@ class FleetState:
                     f"the name {node.name} is taken by the node at {old.host}:{old.port}: choose another --name, or "
                     f"remove that node with 'raftfleet-node remove-dead-node {node.name}'",
                 )
-            self._declare_gone((i for i in old.instances if i not in node.instances), "restarted")
+            self._declare_gone(node.name, (i for i in old.instances if i not in node.instances), "restarted")
         if old is None or old.fields() != node.fields():
             self._put_node(node)
         return {"fleet": self.fleet_id}
@@ -351,12 +355,29 @@ class FleetState:
             taken = [instance for instance in given if instance in self._homes]
             if taken:
                 raise FleetRefused(REFUSED, f"instance {taken[0]} belongs to node {self._homes[taken[0]][0]}")
-            self._declare_gone(given, str(reason))
+            self._declare_gone(name, given, str(reason))
+            if reason == "operator":
+                self._declare_lost(epoch, name)
             return {"removed": False}
         if sorted(given) != sorted(node.instances):
             raise FleetRefused(REFUSED, f"{name} has other instances by now: it is alive, or was when it said so")
         self._drop_node(node, str(reason))
+        if reason == "operator":
+            self._declare_lost(epoch, name)
         return {"removed": True}
+
+    def _declare_lost(self, epoch: int, name: object) -> dict[str, Any]:
+        """An operator's word that nothing of what a node of that name once held will come back.
+
+        That its former instances are gone is known already; this says that groups need not wait for a better answer
+        than going on without them (DESIGN 5.15).
+        """
+        lost = [i for i, node in self.former.items() if node == name and self.gone[i] != "operator"]
+        for instance in lost:
+            self.gone[instance] = "operator"
+        if lost:
+            self.node_version += 1
+        return {"instances": lost}
 
     def _instances(self, epoch: int, name: object, instances: object, old: object) -> dict[str, Any]:
         node = self._known_node(name)
@@ -367,7 +388,7 @@ class FleetState:
         self._check_replaced(
             Node(node.name, node.zone, node.host, node.port, node.public_key, given), _parse_instances(old)
         )
-        self._declare_gone((i for i in node.instances if i not in given), "restarted")
+        self._declare_gone(node.name, (i for i in node.instances if i not in given), "restarted")
         self._put_node(Node(node.name, node.zone, node.host, node.port, node.public_key, given, node.active))
         return {}
 
@@ -475,14 +496,17 @@ class FleetState:
         del self.nodes[node.name]
         for instance in node.instances:
             self._homes.pop(instance, None)
-        self._declare_gone(node.instances, reason)
+        self._declare_gone(node.name, node.instances, reason)
         self.node_version += 1
 
-    def _declare_gone(self, instances: Iterable[int], reason: str) -> None:
+    def _declare_gone(self, node: str, instances: Iterable[int], reason: str) -> None:
         for instance in instances:
-            self.gone.setdefault(instance, reason)
+            if instance not in self.gone:
+                self.gone[instance] = reason
+                self.former[instance] = node
         while len(self.gone) > GONE_COUNT_MAX:
-            del self.gone[next(iter(self.gone))]
+            oldest = next(iter(self.gone))
+            del self.gone[oldest], self.former[oldest]
 
     # -- dump and load ----------------------------------------------------------------------------------------------
 
@@ -492,7 +516,7 @@ class FleetState:
             [n.name, n.zone, n.host, n.port, n.public_key, list(n.instances), n.active] for n in self.nodes.values()
         ]
         groups = [[g.uid, g.name, g.replicas, g.config, [list(m) for m in g.members]] for g in self.groups.values()]
-        gone = [[instance, reason] for instance, reason in self.gone.items()]
+        gone = [[instance, reason, self.former[instance]] for instance, reason in self.gone.items()]
         packed: bytes = msgpack.packb([_FORMAT, self.fleet_id, self.epoch, self.counter, nodes, groups, gone])
         return packed
 
@@ -513,7 +537,8 @@ class FleetState:
             group = Group(uid, name, replicas, config, tuple((node, instance) for node, instance in members))
             state.groups[uid] = group
             state.by_name[name] = group
-        state.gone = {instance: reason for instance, reason in gone}
+        state.gone = {instance: reason for instance, reason, _ in gone}
+        state.former = {instance: node for instance, _, node in gone}
         return state
 
     def __eq__(self, other: object) -> bool:
@@ -528,6 +553,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "deactivate": (FleetState._deactivate, 1),
     "leave": (FleetState._leave, 1),
     "remove_node": (FleetState._remove_node, 3),
+    "declare_lost": (FleetState._declare_lost, 1),
     "instances": (FleetState._instances, 3),
     "add_group": (FleetState._add_group, 3),
     "remove_group": (FleetState._remove_group, 1),

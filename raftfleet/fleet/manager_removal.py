@@ -2,7 +2,8 @@
 
 Rules:
 
-* An operator's "this node is dead" (``remove_dead_node``) is refused for a node that answers. It goes to all shards of
+* An operator's "this node is dead" (``remove_dead_node``) is never believed of a node that answers: of one that was
+  started again without its memory it means that memory, of any other it is refused. It goes to all shards of
   all reachable nodes at once, since a group without a majority can only recover by it, and is proposed to the fleet
   until its state agrees. While a fleet is still being founded, it frees the founding from waiting for that node.
 * Only the manager beside the fleet group's leader purges nodes that have been silent for the whole window.
@@ -116,13 +117,11 @@ class ManagerRemoval(ManagerRpcs):
             answer(REFUSED, f"the fleet has no node {name!r:.100}")
             return
         node = nodes[0]
-        if name == self.settings.name:
-            answer(REFUSED, "this node is not dead: it answers")
-            return
         seen = self._seen.get((node.host, node.port))
         lately_us = 3 * self._ping_interval_us()
-        if seen is not None and self._now_us - seen[2] < lately_us and seen[0].instances == tuple(node.instances):
-            answer(REFUSED, f"node {name} is not dead: it answered {(self._now_us - seen[2]) / SECOND:.1f} s ago")
+        is_seen = seen is not None and self._now_us - seen[2] < lately_us and seen[0].instances == tuple(node.instances)
+        if is_seen or name == self.settings.name:
+            self._declare_former_lost(name, timeout_us, answer)
             return
         instances = list(node.instances)
         self._log("warning", f"the operator declared node {name} dead: instances {instances}")
@@ -143,18 +142,46 @@ class ManagerRemoval(ManagerRpcs):
             return name not in self._removals
 
         def finished(done: bool) -> None:
-            if not done:
-                answer(
-                    OK,
-                    {
-                        "recovered": [],
-                        "waiting": sorted(before),
-                        "message": f"{name} is declared dead, but the fleet group still has no leader: declare the "
-                        "other dead nodes too, or start them again",
-                    },
-                )
+            if done:
+                self._await_recovery(f"{name} was removed from the fleet", before, deadline_us, timeout_us, answer)
                 return
-            check()
+            answer(
+                OK,
+                {
+                    "recovered": [],
+                    "waiting": sorted(before),
+                    "message": f"{name} is declared dead, but the fleet group still has no leader: declare the "
+                    "other dead nodes too, or start them again",
+                },
+            )
+
+        self._wait_for(min(timeout_us // 2, RECOVERY_WAIT_US), is_removed, finished)
+
+    def _declare_former_lost(self, name: str, timeout_us: int, answer: Answer) -> None:
+        """The node runs (again): the word can only be about the memory that it had before."""
+        state = self.state
+        former = [] if state is None else [i for i, n in state.former.items() if n == name]
+        if state is None or all(state.gone[i] == "operator" for i in former):
+            answer(REFUSED, f"node {name} is not dead: it answers, and nothing is known that it had and lost")
+            return
+        self._log("warning", f"the operator declared lost what node {name} held before it was started again")
+        deadline_us = self._now_us + min(timeout_us * 3 // 4, 2 * RECOVERY_WAIT_US)
+
+        def declared(rows: dict[str, Any], code: int, body: Any) -> None:
+            if code == OK:
+                message = f"node {name} runs; what it held before it was started again is declared lost"
+                self._await_recovery(message, set(self._leaderless(rows)), deadline_us, timeout_us, answer)
+            else:
+                answer(code, body)
+
+        self._gather(
+            SECOND, lambda rows: self._propose(["declare_lost", name], lambda code, body: declared(rows, code, body))
+        )
+
+    def _await_recovery(
+        self, message: str, before: set[str], deadline_us: int, timeout_us: int, answer: Answer
+    ) -> None:
+        """Answer when the groups in ``before`` have leaders again, or at the deadline with those that have none."""
 
         def check() -> None:
             self._gather(SECOND, checked)
@@ -165,12 +192,21 @@ class ManagerRemoval(ManagerRpcs):
                 again_us = self._now_us + 300 * MS
                 self._wait_for(timeout_us, lambda: self._now_us >= again_us, lambda _: check())
                 return
-            message = f"{name} was removed from the fleet"
-            if waiting:
-                message += f"; {len(waiting)} groups have no leader yet: if more nodes are dead, declare them too"
-            answer(OK, {"recovered": sorted(before - waiting), "waiting": sorted(waiting), "message": message})
+            said = self._leaderless(now)
+            empty = sorted(group for group in waiting if not said[group])
+            text = message
+            if len(waiting) > len(empty):
+                text += (
+                    f"; {len(waiting) - len(empty)} groups have no leader yet: if more nodes are dead, declare them too"
+                )
+            if empty:
+                text += (
+                    f"; of {', '.join(empty)} no reachable node has a member: unless a node that has one comes back, "
+                    "its state is lost, and it can only be removed and added again"
+                )
+            answer(OK, {"recovered": sorted(before - waiting), "waiting": sorted(waiting), "message": text})
 
-        self._wait_for(min(timeout_us // 2, RECOVERY_WAIT_US), is_removed, finished)
+        check()
 
     def _declare_dead_while_founding(self, name: str, answer: Answer) -> None:
         memory = self.founding.memory

@@ -69,3 +69,20 @@ def test_with_new_a_group_begins_anew_and_empty_under_its_name():
     assert len(state.groups) == 1
     assert fleet.members_of(1) == [], "a member of the old group is left"
     fleet.wait_settled()
+
+
+def test_the_operators_word_about_a_node_that_runs_again_is_about_the_memory_that_it_lost():
+    fleet = two_of_three_members_restart("wait")
+    state = fleet.any_state()
+    assert state is not None
+    hosts = [node for node, _ in state.desired(state.by_name[NAME])]
+    lost = fleet.call(hosts[2], "fleet_command", {"command": ["declare_lost", hosts[0]]})["instances"]
+    assert len(lost) == 1
+    fleet.run_for(20)
+    with pytest.raises(errors.NotApplied):
+        count_of(fleet)  # one of two lost members is declared lost: the other might still hold the truth
+    assert fleet.call(hosts[2], "fleet_command", {"command": ["declare_lost", hosts[1]]})["instances"]
+    fleet.run_for(20)
+    assert count_of(fleet) == 3
+    assert fleet.call(hosts[2], "fleet_command", {"command": ["declare_lost", hosts[1]]}) == {"instances": []}
+    fleet.wait_settled()
