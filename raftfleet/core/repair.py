@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from raftfleet.core.member import Member
 
 
+FIRST_TERM_MASK = 0xFFFFF
+"""Low bits of an instance, which is random: a million elections' worth of the four thousand million of an epoch."""
+
+
 def lost_majority(member: Member) -> set[int] | None:
     """The dead voters, if so many are gone for good that the rest can never be a quorum; else None."""
     membership = member.membership
@@ -106,7 +110,10 @@ def _finish_recovery(member: Member, survivors: list[int], dead: set[int]) -> No
     best = max(survivors, key=lambda peer: (recovery[peer][:2], -peer))
     epoch = (max(row[2] for row in recovery.values()) >> EPOCH_SHIFT) + 1
     member.recovery = None
-    message = ForceConfig(FORCE_CONFIG, member.uid, epoch << EPOCH_SHIFT, sorted(survivors), sorted(dead))
+    # The first term of an epoch is different for each survivor that may begin it: if operators contradict each other,
+    # two may, and their entries must not look the same.
+    term = (epoch << EPOCH_SHIFT) | (best & FIRST_TERM_MASK)
+    message = ForceConfig(FORCE_CONFIG, member.uid, term, sorted(survivors), sorted(dead))
     if best == member.id:
         member.on_force_config(member.id, message)
     else:
