@@ -145,7 +145,7 @@ def microseconds(seconds: object, what: str) -> int:
     """
     if isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds <= 10 * 365 * 86400:
         return int(seconds * 1e6)
-    raise ValueError(f"{what} is a number of seconds, not {seconds!r}")
+    raise ValueError(f"{what} is a number of seconds from 0 to ten years, not {seconds!r}")
 
 
 class Session:

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,10 +109,18 @@ def _timeout_option(default: float) -> Callable[[Any], Any]:
     )
 
 
-def _connect(run_dir: Path | None) -> Fleet:
+@contextlib.contextmanager
+def _connect(run_dir: Path | None) -> Iterator[Fleet]:
+    """A client of the node. What it says of an argument that is of no use (ValueError, TypeError) is a usage error."""
     import raftfleet
 
-    return raftfleet.connect(run_dir)
+    with raftfleet.connect(run_dir) as fleet:
+        try:
+            yield fleet
+        except (ValueError, TypeError) as error:
+            if os.environ.get("RAFTFLEET_DEBUG"):
+                raise
+            raise click.UsageError(str(error)) from error
 
 
 @_node_command(as_json=True)
@@ -322,7 +330,8 @@ def command_command(name: str, json_argument: str, timeout: float, run_dir: Path
     """
     argument = _parse_json(json_argument, "JSON")
     with _connect(run_dir) as fleet:
-        cli_output.print_json(fleet.command(name, argument, timeout=timeout))
+        result = fleet.command(name, argument, timeout=timeout)
+    cli_output.print_json(result)
 
 
 @_node_command()
@@ -341,7 +350,8 @@ def query_command(name: str, json_argument: str, stale: bool, timeout: float, ru
     argument = _parse_json(json_argument, "JSON")
     consistency = "stale" if stale else "linearizable"
     with _connect(run_dir) as fleet:
-        cli_output.print_json(fleet.query(name, argument, consistency=consistency, timeout=timeout))
+        answer = fleet.query(name, argument, consistency=consistency, timeout=timeout)
+    cli_output.print_json(answer)
 
 
 @_node_command()
@@ -357,7 +367,7 @@ def transfer(name: str, node: str, run_dir: Path | None) -> None:
 def _parse_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = f"; a string needs quotes of its own: '\"{text}\"'" if text.isidentifier() else ""
         raise click.UsageError(f"{what} is not valid JSON ({error}): {text!r}{hint}") from error
 

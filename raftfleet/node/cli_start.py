@@ -140,6 +140,7 @@ def start(**flags: Any) -> None:
     """
     from raftfleet.node import config, supervisor
 
-    given = {name: value for name, value in flags.items() if value not in (None, (), False)}
+    # By identity where it can be: 0 equals False, and --workers 0 is to be refused, not to be taken for "not given".
+    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != ()}
     config_file = given.pop("config_file", None)
     sys.exit(supervisor.run(config.load(given, os.environ, config_file)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from client.fake_node import FakeNode
 
 from raftfleet import errors
 from raftfleet.node import cli, cli_output
@@ -109,12 +110,35 @@ def test_a_term_shows_its_epoch_only_after_a_repair() -> None:
         (["add-group", "g", "--machine", "mC"], "module:Class"),
         (["start", "--bind", "nonsense"], "HOST:PORT"),
         (["start", "--bind", "10.0.0.1:7400"], "--insecure"),
+        (["start", "--workers", "0"], "workers: at least one"),
+        (["start", "--beat-interval", "0"], "beat_interval_s: from 0.005"),
+        (["start", "--node-purge-failure-time-window", "0"], "node_purge_failure_time_window_s: from 1"),
+        (["command", "counter", "[" * 100_000], "JSON"),
     ],
 )
 def test_a_wrong_call_exits_with_2_and_a_hint(words: list[str], hint: str) -> None:
     done = CliRunner().invoke(cli.main, words)
     assert done.exit_code == 2, done.output
     assert hint in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["command", "g", "1", "--timeout", "nan"], "timeout is a number of seconds"),
+        (["command", "g", "1", "--timeout", "inf"], "timeout is a number of seconds"),
+        (["query", "g", "1", "--timeout", "1e308"], "timeout is a number of seconds"),
+        (["command", "g", "18446744073709551616"], "more than 64 bits"),
+        (["add-group", "", "--machine", "m:C"], "a group name has 1 to 255 bytes"),
+        (["add-group", "g", "--machine", "m:C", "--replicas", "9" * 20], "more than 64 bits"),
+        (["add-group", "g", "--machine", "m:C", "--timeout", "inf"], "timeout is a number of seconds"),
+    ],
+)
+def test_an_argument_that_the_client_refuses_is_a_wrong_call(words: list[str], hint: str, tmp_path: Path) -> None:
+    with FakeNode(tmp_path) as node:
+        done = CliRunner().invoke(cli.main, [*words, "--run-dir", str(node.run_dir)])
+    assert done.exit_code == 2, done.output
+    assert hint in re.sub(r"\s+", " ", done.stderr) and done.stdout == ""
 
 
 def test_keygen_writes_the_secret_key_for_its_owner_alone_and_prints_the_public_one(tmp_path: Path) -> None:
