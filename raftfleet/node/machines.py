@@ -33,14 +33,27 @@ class MachineLoader:
         """A new machine and a new hook (or None).
 
         Raises:
-            Exception: whatever importing or constructing raised; TypeError for a class of the wrong kind.
+            Exception: whatever importing or constructing raised; TypeError for a class of the wrong kind; RuntimeError
+                where it was SystemExit or the like, which must not end the worker and with it all other groups.
         """
-        machine = self._class(config.machine, StateMachine)()
-        machine.context = CommandContext()
-        hook = self._class(config.hook, LeaderHook)() if config.hook is not None else None
+        machine = self._make(config.machine, StateMachine)
+        hook = self._make(config.hook, LeaderHook) if config.hook is not None else None
         return machine, hook
 
+    def _make(self, spec: str, base: type) -> Any:
+        try:
+            made = self._class(spec, base)()
+            if base is StateMachine:
+                made.context = CommandContext()
+            return made
+        except Exception:
+            raise
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise RuntimeError(f"{spec} raised {told} when it was imported or constructed") from error
+
     def _class(self, spec: str, base: type) -> type:
+        """The class, of the right kind. One that was found once may be asked for as a machine and as a hook."""
         found = self._classes.get(spec)
         if found is None:
             module_name, _, class_name = spec.partition(":")
@@ -48,7 +61,7 @@ class MachineLoader:
             found = importlib.import_module(module_name)  # type: ignore[assignment]
             for part in class_name.split("."):
                 found = getattr(found, part)
-            if not (isinstance(found, type) and issubclass(found, base)):
-                raise TypeError(f"{spec} is not a subclass of raftfleet.{base.__name__}")
-            self._classes[spec] = found
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise TypeError(f"{spec} is not a subclass of raftfleet.{base.__name__}")
+        self._classes[spec] = found
         return found
