@@ -10,7 +10,6 @@ sender is in: those who found a fleet, or who must tell another fleet that they 
 
 from __future__ import annotations
 
-import bisect
 import gc
 import logging
 import os
@@ -79,8 +78,8 @@ class MemoryFile:
             return Memory.unpack(data[4:])
         except ValueError as error:
             raise ConfigError(
-                f"{self.path} is damaged ({error}): move it away if most of --peers still have theirs, or if no node of "
-                "its fleet runs any more (docs/operations.md says why)"
+                f"{self.path} is damaged ({error}): move it away if most of --peers still have theirs, or if no node "
+                "of its fleet runs any more (docs/operations.md says why)"
             ) from error
 
     def remove(self) -> None:
@@ -139,8 +138,9 @@ class ManagerProcess:
         self.stopping = False
         self.ready_said = False
         self.sweep_us = 0
-        self.addresses: dict[int, Address] = {}  # of managers that something was sent to, by their instance
-        self.peer_keys: dict[Address, str] = {}  # the key by which each is connected: known, or under trial
+        self.addresses: dict[int, Address] = {}  # of managers, by their instance
+        self.peer_keys: dict[Address, str] = {}  # by which each is connected, known or under trial
+        self.key_turns: dict[Address, int] = {}  # how far the list was tried
         self.processes: dict[int, psutil.Process] = {}
         self.poller = Poller()
         self.poller.watch_signals(self._on_signal, signal.SIGTERM)
@@ -302,9 +302,14 @@ class ManagerProcess:
         return key
 
     def _try_next_key(self, instance: int) -> None:
+        """The key that others say is at that address, if they do and it was not the wrong one; else the list's next."""
         address = self.addresses[instance]
-        later = bisect.bisect_right(self.allowed_keys, self.peer_keys[address])
-        self.peer_keys[address] = self.allowed_keys[later % len(self.allowed_keys)]
+        said = self.core.public_key_at(address)
+        if said in self.allowed_keys and said != self.peer_keys[address]:
+            self.peer_keys[address] = said
+        else:
+            turn = self.key_turns[address] = (self.key_turns.get(address, 0) + 1) % len(self.allowed_keys)
+            self.peer_keys[address] = self.allowed_keys[turn]
         self._connect(instance, address)
 
     # -- what people see --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from e2e.load import JUST_AN_INT
 
 from raftfleet.testing import LocalFleet
+from raftfleet.transport.curve import generate_keys
 
 
 def make_key(folder: Path, name: str) -> tuple[Path, str]:
@@ -32,7 +33,8 @@ def test_nodes_of_one_list_form_a_fleet_and_a_stranger_is_told_why_it_cannot_joi
     fleet: LocalFleet, tmp_path: Path
 ) -> None:
     made = {name: make_key(tmp_path, name) for name in ("n1", "n2", "stranger")}
-    ours = write_list(tmp_path / "fleet.keys", [made["n1"][1], made["n2"][1]])
+    spare = [generate_keys().public_key for _ in range(15)]  # nodes that are not there yet: their keys are tried too
+    ours = write_list(tmp_path / "fleet.keys", [made["n1"][1], made["n2"][1], *spare])
     nodes = [fleet.define_node(name, f"z-{name}", **curve(made[name][0], ours)) for name in ("n1", "n2")]
     for node in nodes:
         node.peers = tuple(other.endpoint for other in nodes)

@@ -450,6 +450,25 @@ def test_a_wrong_key_is_told_from_silence(peers: Callable[..., PeerSockets]) -> 
     assert receive_until(b, bool) == [(1, [beat(1)])]
 
 
+def test_a_connection_that_is_replaced_while_its_handshake_fails_holds_up_no_other(
+    peers: Callable[..., PeerSockets],
+) -> None:
+    """ZeroMQ's thread once told of a failure where nobody listened any more, and all its connections stood still."""
+    keys_a, keys_b = generate_keys(), generate_keys()
+    a = peers(1, keys=keys_a, allowed_keys=[])
+    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    for turn in range(300):
+        assert a.set_address(2, b.endpoint, generate_keys().public_key)
+        select.select([], [], [], 0.0005 * (turn % 5))
+    assert a.set_address(2, b.endpoint, keys_b.public_key)
+    give_up = time.monotonic() + PATIENCE_S
+    while not a.send(2, [beat(1)]):
+        assert time.monotonic() < give_up
+        b.receive()
+        select.select([], [], [], 0.002)
+    assert receive_until(b, bool) == [(1, [beat(1)])]
+
+
 def test_a_node_that_lies_about_its_key_gets_nothing(peers: Callable[..., PeerSockets]) -> None:
     keys_a, keys_b, claimed = generate_keys(), generate_keys(), generate_keys()
     a = peers(1, keys=keys_a, allowed_keys=[])
