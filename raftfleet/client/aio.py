@@ -28,6 +28,7 @@ from raftfleet.client import core, discovery
 from raftfleet.client.core import CONTROL, DONE, IN_FLIGHT, READY, Call, ClientCore, Leader
 from raftfleet.client.sync import POLL_S_FIRST, POLL_S_MAX, config_arguments, group_arguments, reason_of
 from raftfleet.core.config import GroupConfig
+from raftfleet.core.names import check_group_name
 from raftfleet.node import rundir
 from raftfleet.wire import ipc
 from raftfleet.wire.errors import WireError
@@ -156,7 +157,7 @@ class Fleet:
 
     async def remove_consensus_group(self, name: str, *, timeout: float = 5.0) -> None:
         """Remove a group and its state. As :meth:`raftfleet.Fleet.remove_consensus_group`."""
-        await self.call("remove_group", {"name": name}, timeout)
+        await self.call("remove_group", {"name": check_group_name(name)}, timeout)
 
     async def change_config(self, name: str, config: GroupConfig, *, timeout: float = 5.0) -> None:
         """Give a group another config. As :meth:`raftfleet.Fleet.change_config`."""
@@ -197,7 +198,7 @@ class Fleet:
     async def whereis_leader(self, name: str) -> Leader | None:
         """Who leads a group, or None. As :meth:`raftfleet.Fleet.whereis_leader`."""
         self._entered()
-        slot = self._table.lookup(name)
+        slot = self._table.lookup(check_group_name(name))
         if slot is not None:
             return core.leader_of(slot)
         with contextlib.suppress(errors.RaftFleetError):
@@ -206,12 +207,12 @@ class Fleet:
 
     async def status(self, name: str, *, timeout: float = 5.0) -> dict[str, Any]:
         """What is known of a group. As :meth:`raftfleet.Fleet.status`."""
-        answer: dict[str, Any] = await self.call("group_status", {"name": name}, timeout)
+        answer: dict[str, Any] = await self.call("group_status", {"name": check_group_name(name)}, timeout)
         return answer
 
     async def replace_leader(self, name: str, node: str, *, timeout: float = 5.0) -> None:
         """Make the member on ``node`` the leader of a group. As :meth:`raftfleet.Fleet.replace_leader`."""
-        await self.call("replace_leader", {"name": name, "node": node}, timeout)
+        await self.call("replace_leader", {"name": check_group_name(name), "node": node}, timeout)
 
     async def leaderless_groups(self, *, timeout: float = 10.0) -> dict[str, dict[str, Any]]:
         """All groups without a leader, with what each reachable member says: ``{name: {node: {...}}}``."""

@@ -464,7 +464,7 @@ class ClientCore:
             TypeError, ValueError, CommandTooLarge: an argument is of no use; nothing happened.
         """
         packed = pack_argument(arg, "the argument of a command")
-        session = self._sessions.get(name)
+        session = self._sessions.get(name) if isinstance(name, str) else None
         if session is None:
             session = Session(check_group_name(name))
         call = self._group_call(ipc.COMMAND, name, packed, timeout, retry, retry_interval)
@@ -483,7 +483,7 @@ class ClientCore:
         if consistency not in CONSISTENCIES:
             raise ValueError(f"consistency is one of {', '.join(CONSISTENCIES)}, not {consistency!r}")
         packed = pack_argument(arg, "the argument of a query")
-        if name not in self._routes[1]:
+        if not isinstance(name, str) or name not in self._routes[1]:
             check_group_name(name)
         call = self._group_call(ipc.QUERY, name, packed, timeout, retry, retry_interval)
         call._consistency = CONSISTENCIES[consistency]

@@ -173,7 +173,7 @@ class Fleet:
         Raises:
             GroupNotFound: there is none of that name.
         """
-        self.call("remove_group", {"name": name}, timeout)
+        self.call("remove_group", {"name": check_group_name(name)}, timeout)
 
     def change_config(self, name: str, config: GroupConfig, *, timeout: float = 5.0) -> None:
         """Give a group another config.
@@ -247,9 +247,12 @@ class Fleet:
         """Who leads a group, or None if nobody does, or there is no such group.
 
         From the leader table in shared memory, without I/O, where that knows the group; else the node is asked.
+
+        Raises:
+            ValueError: no group can have that name. So in every call that takes one.
         """
         self._shared()
-        slot = self._table.lookup(name)
+        slot = self._table.lookup(check_group_name(name))
         if slot is not None:
             return core.leader_of(slot)
         with contextlib.suppress(errors.RaftFleetError):
@@ -266,7 +269,7 @@ class Fleet:
         Raises:
             GroupNotFound: there is none of that name.
         """
-        answer: dict[str, Any] = self.call("group_status", {"name": name}, timeout)
+        answer: dict[str, Any] = self.call("group_status", {"name": check_group_name(name)}, timeout)
         return answer
 
     def replace_leader(self, name: str, node: str, *, timeout: float = 5.0) -> None:
@@ -276,7 +279,7 @@ class Fleet:
             Refused: it is not a voter that has caught up, or the transfer did not come off in time.
             GroupNotFound: there is no group of that name.
         """
-        self.call("replace_leader", {"name": name, "node": node}, timeout)
+        self.call("replace_leader", {"name": check_group_name(name), "node": node}, timeout)
 
     def leaderless_groups(self, *, timeout: float = 10.0) -> dict[str, dict[str, Any]]:
         """All groups without a leader, with what each reachable member says: ``{name: {node: {...}}}``."""

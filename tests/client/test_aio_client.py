@@ -46,6 +46,26 @@ def test_the_example_of_the_readme(node: FakeNode) -> None:
     run(node, body)
 
 
+@pytest.mark.parametrize("name", [5, None, ["g"], "", "\ud800", "$fleet", "a\0b", "x" * 256], ids=ascii)
+def test_every_call_about_a_group_refuses_a_name_that_none_can_have(node: FakeNode, name: Any) -> None:
+    async def body(fleet: aio.Fleet) -> None:
+        for call in (
+            fleet.add_consensus_group(name, config=CONFIG),
+            fleet.change_config(name, CONFIG),
+            fleet.remove_consensus_group(name),
+            fleet.whereis_leader(name),
+            fleet.status(name),
+            fleet.replace_leader(name, "n2"),
+            fleet.command(name, "inc"),
+            fleet.query(name, "get"),
+        ):
+            with pytest.raises(ValueError, match="name"):
+                await call
+
+    run(node, body)
+    assert node.received == []
+
+
 def test_every_control_call_reaches_the_manager_with_its_arguments(node: FakeNode) -> None:
     async def body(fleet: aio.Fleet) -> None:
         await fleet.activate("z1")

@@ -492,7 +492,7 @@ def test_retry_is_a_count(retry: Any) -> None:
         ClientCore(CLIENT).command("g", None, 0.5, retry, 1.0)
 
 
-@pytest.mark.parametrize("name", ["", "$fleet", "x" * 256, None, 5, "a\0b"])
+@pytest.mark.parametrize("name", ["", "$fleet", "x" * 256, None, 5, "a\0b", ["g"]])
 def test_a_name_that_no_group_can_have_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="name"):
         ClientCore(CLIENT).command(name, None, 0.5, 3, 1.0)

@@ -254,6 +254,24 @@ def test_bad_arguments_send_nothing(node: FakeNode) -> None:
     assert node.received == []
 
 
+@pytest.mark.parametrize("name", [5, None, ["g"], "", "\ud800", "$fleet", "a\0b", "x" * 256], ids=ascii)
+def test_every_call_about_a_group_refuses_a_name_that_none_can_have(node: FakeNode, name: Any) -> None:
+    with raftfleet.connect(node.run_dir) as fleet:
+        for call in (
+            lambda: fleet.add_consensus_group(name, config=CONFIG),
+            lambda: fleet.change_config(name, CONFIG),
+            lambda: fleet.remove_consensus_group(name),
+            lambda: fleet.whereis_leader(name),
+            lambda: fleet.status(name),
+            lambda: fleet.replace_leader(name, "n2"),
+            lambda: fleet.command(name, "inc"),
+            lambda: fleet.query(name, "get"),
+        ):
+            with pytest.raises(ValueError, match="name"):
+                call()
+    assert node.received == []
+
+
 def test_large_arguments_and_results_pass(node: FakeNode) -> None:
     blob = os.urandom(5 << 20)
     with raftfleet.connect(node.run_dir) as fleet:
