@@ -9,7 +9,8 @@ is interrupted, and a child is born with all of them blocked until it has put it
 
 ==============  ====================================================================================================
 SIGCHLD         reap; ask the restart policy (restart.py) about each child that was not asked to end
-SIGTERM SIGINT  stop: SIGTERM to all children, SIGKILL after ``STOP_GRACE_US``; the second one: SIGKILL at once
+SIGTERM SIGINT  stop: SIGTERM to all children, SIGKILL after ``STOP_GRACE_US``; one that comes more than
+                ``SAME_WISH_US`` after the first: SIGKILL at once
 SIGHUP          stop (the terminal is gone), however often it comes; not under nohup
 SIGUSR1         a shard's region of the leader table is full: grow it
 ==============  ====================================================================================================
@@ -39,6 +40,10 @@ from raftfleet.workers import boot
 
 STOP_GRACE_US = 5_000_000
 """What children get between SIGTERM and SIGKILL. A shard hands its leaderships over within two seconds."""
+
+SAME_WISH_US = 500_000
+"""A stop signal so soon after the first is the same wish: `timeout` sends one to its child and one to its own group.
+Nobody becomes impatient in half a second."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SIGNALS = (signal.SIGCHLD, signal.SIGUSR1, *_STOP_SIGNALS)
@@ -71,6 +76,7 @@ def run(
     make_table: MakeTable | None = None,
     limits: RestartLimits | None = None,
     stop_grace_us: int = STOP_GRACE_US,
+    same_wish_us: int = SAME_WISH_US,
 ) -> int:
     """Run a node until it is told to stop; return its exit code. Call it from the main thread of a process of its own.
 
@@ -79,6 +85,7 @@ def run(
         make_table: makes the leader table; None: the one in shared memory.
         limits: patience with children that end by themselves.
         stop_grace_us: time for children to end by themselves in a stop.
+        same_wish_us: time after the first stop signal within which others mean nothing more.
 
     Raises:
         ConfigError: the run directory cannot be used.
@@ -98,7 +105,7 @@ def run(
         try:
             table = make_table(run_dir.path, config)
             try:
-                return _Supervisor(config, run_dir, table, bodies, limits, stop_grace_us).serve()
+                return _Supervisor(config, run_dir, table, bodies, limits, stop_grace_us, same_wish_us).serve()
             finally:
                 table.close()
         finally:
@@ -150,18 +157,21 @@ class _Supervisor:
         bodies: Mapping[Role, boot.Body],
         limits: RestartLimits | None,
         stop_grace_us: int,
+        same_wish_us: int,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
         self._table = table
         self._bodies = bodies
         self._stop_grace_us = stop_grace_us
+        self._same_wish_us = same_wish_us
         self._pid = os.getpid()
         self._child_table = ChildTable(config.workers)
         self._stop_signals = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._exit_code: ExitCode | None = None
         self._kill_due_us: int | None = None
-        self._stop_demand_count = 0
+        self._first_demand_us: int | None = None
+        self._is_killing = False
         self._children = [_Child("manager", 0, 0, "manager", RestartPolicy("the manager", limits))]
         for index in range(config.workers):
             policy = RestartPolicy(f"shard {index}", limits)
@@ -212,8 +222,11 @@ class _Supervisor:
         # a child that passed on what `raftfleet-node stop` wanted, with a service manager's SIGTERM after it.
         if number == signal.SIGHUP or any(child.pid == sender_pid for child in self._children):
             return
-        self._stop_demand_count += 1
-        if self._stop_demand_count == 2:
+        now_us = monotonic_us()
+        if self._first_demand_us is None:
+            self._first_demand_us = now_us
+        elif now_us - self._first_demand_us >= self._same_wish_us and not self._is_killing:
+            self._is_killing = True
             _logger.warning("%s again: killing all children", name)
             self._kill_all()
 

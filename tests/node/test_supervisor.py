@@ -24,7 +24,7 @@ from leaks import running_processes
 from raftfleet.errors import ConfigError
 from raftfleet.node import rundir, supervisor
 from raftfleet.node.config import NodeConfig
-from raftfleet.node.context import ChildContext
+from raftfleet.node.context import ChildContext, monotonic_us
 from raftfleet.node.exit_codes import ExitCode
 from raftfleet.node.restart import RestartLimits
 
@@ -277,12 +277,36 @@ def test_a_child_that_ignores_sigterm_is_killed_when_its_time_is_up(node: Node) 
 
 
 def test_a_second_signal_ends_it_at_once(node: Node, eventually: Eventually) -> None:
-    node.start(shard=ignore_sigterm, stop_grace_us=60_000_000)
+    node.start(shard=ignore_sigterm, stop_grace_us=60_000_000, same_wish_us=0)
     node.signal(signal.SIGTERM)
     eventually(lambda: "manager" not in node.children(), "the stop is under way")
     node.signal(signal.SIGTERM)
     assert node.wait(5.0) == ExitCode.OK
     node.assert_nothing_is_left()
+
+
+def test_a_second_signal_right_after_the_first_is_the_same_wish(node: Node, eventually: Eventually) -> None:
+    node.start(shard=ignore_sigterm, stop_grace_us=1_000_000, same_wish_us=60_000_000)
+    node.signal(signal.SIGTERM)
+    eventually(lambda: "manager" not in node.children(), "the stop is under way")
+    node.signal(signal.SIGTERM)
+    node.signal(signal.SIGINT)
+    assert node.wait(5.0) == ExitCode.OK
+    assert "killing: shard-0, shard-1" in node.log, "they had all their time"
+    assert "killing all children" not in node.log
+
+
+def test_impatience_is_measured_from_the_first_signal(node: Node, eventually: Eventually) -> None:
+    node.start(shard=ignore_sigterm, stop_grace_us=60_000_000)
+    started_us = monotonic_us()
+
+    def is_killed() -> bool:
+        node.signal(signal.SIGTERM)
+        return "killing all children" in node.log
+
+    eventually(is_killed, "signals without a pause end it", 5.0)
+    assert monotonic_us() - started_us >= supervisor.SAME_WISH_US
+    assert node.wait(5.0) == ExitCode.OK
 
 
 def test_a_child_that_dies_during_a_stop_is_not_started_again(node: Node) -> None:
