@@ -19,7 +19,8 @@ faked: :meth:`LocalFleet.kill_node` is SIGKILL, :meth:`LocalFleet.pause_node` is
 Waiting is always for a condition, with a deadline: :meth:`LocalFleet.wait_until` and what is built on it. When a
 deadline passes, or the ``with`` block is left by an exception, the last lines of every node's log are shown on stderr;
 the whole logs are copied to the folder that ``$RAFTFLEET_TEST_LOGS`` names, if it is set. Leaving the block stops
-every node and removes every file, socket and shared-memory segment.
+every node and removes every file, socket and shared-memory segment. If the test's process is killed instead, a process
+that watches it does so (:mod:`raftfleet.testing.reaper`).
 
 One ``LocalFleet`` belongs to one thread; the clients that it hands out may be used from any.
 """
@@ -44,6 +45,7 @@ import psutil
 
 from raftfleet.errors import RaftFleetError
 from raftfleet.testing.ports import PortBlocks
+from raftfleet.testing.reaper import Reaper, remove_table
 
 if TYPE_CHECKING:
     from raftfleet.client.sync import Fleet
@@ -155,6 +157,7 @@ class LocalFleet:
         self._ports = PortBlocks()
         # /tmp and not $TMPDIR: a runner's temporary folder is often too deep for the path of a socket.
         self.folder = Path(tempfile.mkdtemp(prefix="rf-", dir="/tmp"))
+        self._reaper = Reaper(self.folder)
 
     # ---------------------------------------------------------------- starting and stopping
 
@@ -305,9 +308,10 @@ class LocalFleet:
         for node in self.nodes.values():
             if node.process is not None:
                 node.process.wait()
-            _remove_table(node.run_dir)
+            remove_table(node.run_dir)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._ports.release()
+        self._reaper.close()
 
     def __enter__(self) -> LocalFleet:
         return self
@@ -517,16 +521,6 @@ def _signal_all(processes: Iterable[psutil.Process], number: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-
-
-def _remove_table(run_dir: Path) -> None:
-    """Remove the leader table's segments (one, or two while it grows) that a killed node could not remove itself."""
-    with contextlib.suppress(OSError):
-        current = Path(os.readlink(run_dir / "leader_table"))
-        stem, separator, _generation = current.name.rpartition("-g")
-        if separator and stem.startswith("raftfleet-") and current.parent == Path("/dev/shm"):
-            for segment in current.parent.glob(f"{stem}-g*"):
-                segment.unlink(missing_ok=True)
 
 
 def _option_words(option: str, value: Any) -> list[str]:

@@ -49,6 +49,15 @@ class PortBlocks:
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
+    @classmethod
+    def remove_abandoned(cls) -> None:
+        """Remove the lock files of processes that ended without :meth:`release`."""
+        blocks = cls()
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(blocks._folder):
+                blocks._lock(int(name))
+        blocks.release()
+
     def _lock(self, start: int) -> bool:
         path = self._folder / str(start)
         self._folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,9 +1,14 @@
-"""The parts of LocalFleet that need no node; what it does with nodes is shown by the tests in e2e/."""
+"""LocalFleet without nodes, and how it ends; what it does with nodes is shown by the tests in e2e/."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from raftfleet.errors import NoLeader
 from raftfleet.testing import LocalFleet, LocalFleetError
 from raftfleet.testing.local_fleet import is_settled
 from raftfleet.testing.ports import PortBlocks
+from raftfleet.testing.reaper import node_processes
 
 
 def test_two_users_never_get_the_same_ports() -> None:
@@ -83,6 +89,39 @@ def test_a_name_is_used_once() -> None:
         fleet.define_node("n1", "z1")
         with pytest.raises(ValueError, match="restart_node"):
             fleet.define_node("n1", "z2")
+
+
+# A paused node, and a fork of the test's process that lives on, as a test may have them.
+KILLED_TEST = """
+import os, signal, sys, time
+from raftfleet.testing import LocalFleet
+fleet = LocalFleet()
+fleet.start_node("n1", "z1")
+deadline = time.monotonic() + 60
+if "fork" in sys.argv and os.fork() == 0:
+    while fleet.folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os._exit(0)
+fleet.pause_node("n1")
+print(fleet.folder, fleet.nodes["n1"].port, os.path.realpath(fleet.nodes["n1"].run_dir / "leader_table"), flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("number", "fork"), [(signal.SIGTERM, ""), (signal.SIGKILL, "fork")])
+def test_a_killed_test_leaves_nothing_of_its_fleet(number: int, fork: str, eventually: Callable[..., None]) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED_TEST, fork], stdout=subprocess.PIPE, text=True) as test:
+        assert test.stdout is not None
+        folder, port, table = test.stdout.readline().split()
+        assert node_processes(folder) and Path(folder).exists() and Path(table).exists()
+        test.send_signal(number)
+        test.wait()
+    assert test.returncode == -number
+    eventually(lambda: not Path(folder).exists(), "the fleet's folder is gone", 20.0)
+    assert not node_processes(folder) and not Path(table).exists()
+    lock = Path(tempfile.gettempdir(), f"raftfleet-ports-{os.getuid()}", port)
+    if not fork:  # which keeps the lock as long as it lives
+        eventually(lambda: not lock.exists(), "its ports are free", 20.0)
 
 
 @pytest.mark.parametrize(
