@@ -22,7 +22,9 @@ class StateMachine:
     the simplest way is never to change it in place.
 
     Attributes:
-        version: raised when ``command`` changes its meaning (see :meth:`upgrade`).
+        version: the newest version that this code knows. Raise it when ``command`` changes its meaning, and keep the
+            old meaning too: until all members' nodes run the new code, the group works as ``context.version``, which
+            is older. Then it goes over, at one entry of its log, by :meth:`upgrade`.
         context: :class:`~raftfleet.core.context.CommandContext` of the command being applied.
     """
 
@@ -50,12 +52,16 @@ class StateMachine:
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
 
     def upgrade(self, state: Any, from_version: int) -> Any:
-        """Bring a state of an older ``version`` up to this one."""
+        """Bring a state of an older version up to ``context.version``. Deterministic, like ``command``."""
         return state
 
 
 class LeaderHook:
-    """Called on the leader only, at least once, after the fact (raft_fleet's ``LeaderHook``).
+    """Called on the leader after the fact (raft_fleet's ``LeaderHook``).
+
+    Once for each event, as a rule. A leader that dies between a commit and its own applying of it calls nobody, and one
+    that takes over may see the same entry applied by others before: use a hook to tell, not to keep count.
+    ``on_restored`` alone is called where the state was restored, which is a follower.
 
     What a hook raises is logged and counted; it stops nothing. ``group`` is the group's name.
     """

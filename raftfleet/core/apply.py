@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from raftfleet.core import sessions as session_rules
+from raftfleet.core import versions
 from raftfleet.core.codes import BAD_REQUEST, COMMAND_FAILED, OK
 from raftfleet.core.failures import describe, failure_body, pack_result
-from raftfleet.core.messages import COMMANDS, CONFIG
+from raftfleet.core.messages import COMMANDS, CONFIG, VERSION
 from raftfleet.core.sessions import Session
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def apply_committed(member: Member) -> None:
             _apply_batch(member, index, entry, tokens)
         elif entry.kind == CONFIG:
             _apply_config(member, index)
+        elif entry.kind == VERSION and not versions.apply_version(member, entry):
+            member.shard.drop_member(member)
+            return
         member.applied = index
     kept = member.config.log_entries_kept
     if member.applied - log.snapshot_index >= 2 * kept:
@@ -65,6 +69,7 @@ def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] 
     context.index = index
     context.term = entry.term
     context.time_us = time_us
+    context.version = member.active_version
     shard = member.shard
     with shard.user_code(member):
         for position, command in enumerate(commands):

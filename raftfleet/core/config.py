@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+VERSION_MAX = (1 << 31) - 1
 ON_MAJORITY_LOSS = ("wait", "survivor", "new")
 
 
@@ -26,6 +27,8 @@ class GroupConfig:
         command_bytes_max: largest packed argument of a command, in bytes.
         log_entries_kept: entries kept behind the applied ones for followers that lag; older ones need a snapshot.
         session_count_max: clients remembered at a time; more are refused as overloaded.
+        machine_version: the state machine's version that the group begins as; None: the highest that all nodes of its
+            first members support. It rises by itself when all members support more.
     """
 
     machine: str
@@ -37,6 +40,7 @@ class GroupConfig:
     command_bytes_max: int = 1 << 20
     log_entries_kept: int = 1024
     session_count_max: int = 100_000
+    machine_version: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -52,9 +56,11 @@ class GroupConfig:
         _check_range("session_ttl_s", self.session_ttl_s, 1.0, 30 * 86400.0)
         if self.on_majority_loss not in ON_MAJORITY_LOSS:
             raise ValueError(f"on_majority_loss is one of {', '.join(ON_MAJORITY_LOSS)}, not {self.on_majority_loss!r}")
-        _check_range("command_bytes_max", self.command_bytes_max, 1, 64 << 20, whole=True)
+        _check_range("command_bytes_max", self.command_bytes_max, 1, 8 << 20, whole=True)
         _check_range("log_entries_kept", self.log_entries_kept, 1, 10_000_000, whole=True)
         _check_range("session_count_max", self.session_count_max, 1, 100_000_000, whole=True)
+        if self.machine_version is not None:
+            _check_range("machine_version", self.machine_version, 1, VERSION_MAX, whole=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as msgpack and JSON carry them."""

@@ -13,9 +13,11 @@ class CommandContext:
         index: log index of the batch. Commands of one batch share it.
         position: the command's place in its batch, from 0.
         term: ``epoch << 32 | election number``.
+        version: of the state machine that the group works as, at most the class's own ``version``. Code that knows
+            several versions asks here how to behave.
     """
 
-    __slots__ = ("index", "position", "term", "time_us", "uid")
+    __slots__ = ("index", "position", "term", "time_us", "uid", "version")
 
     def __init__(self, uid: int = 0) -> None:
         self.uid = uid
@@ -23,6 +25,7 @@ class CommandContext:
         self.index = 0
         self.position = 0
         self.term = 0
+        self.version = 1
 
     @property
     def epoch(self) -> int:

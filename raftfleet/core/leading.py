@@ -30,6 +30,7 @@ class Leading:
         "snapshot",
         "transfer_deadline_us",
         "transfer_target",
+        "version_asked",
     )
 
     def __init__(self, elected_us: int) -> None:
@@ -37,6 +38,7 @@ class Leading:
         self.noop_index = 0
         self.elected_us = elected_us
         self.config_index = 0  # of a CONFIG entry that is not committed yet
+        self.version_asked = 0  # of the newest VERSION entry appended here
         self.batch: list[tuple[bytes, object]] = []  # (command, token) not in the log yet
         self.batch_bytes = 0
         self.pending: dict[int, list[object]] = {}  # index -> tokens of its commands

@@ -53,6 +53,7 @@ from raftfleet.core import (
     replication,
     roles,
     snapshots,
+    versions,
 )
 from raftfleet.core.log import Log
 from raftfleet.core.names import FLEET_UID
@@ -70,6 +71,7 @@ class Member:
     """One member. Owned by a :class:`~raftfleet.core.shard.Shard`, which calls everything here."""
 
     __slots__ = (
+        "active_version",
         "applied",
         "commit",
         "config",
@@ -134,6 +136,8 @@ class Member:
         self.incoming: tuple[int, int, int, bytearray] | None = None  # snapshot: index, term, total, bytes so far
         self.recovery: dict[int, tuple[int, int, int]] | None = None  # survivor -> (last term, last index, term)
         self.session_table = Sessions(int(config.session_ttl_s * 1_000_000), config.session_count_max)
+        self.active_version = config.machine_version or 1
+        machine.context.version = self.active_version
         self.state: Any = machine.new()
 
     # ------------------------------------------------------------------ facts
@@ -234,6 +238,7 @@ class Member:
     change_membership = change.change_membership
     add_learner = change.add_learner
     promote = change.promote
+    raise_version = versions.raise_version
     demote = change.demote
     remove = change.remove
     leave = change.leave

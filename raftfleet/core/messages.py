@@ -23,7 +23,9 @@ COMMANDS = 1
 """A batch of commands. Data: msgpack ``[time_us, [command: bin, ...]]``; see :mod:`raftfleet.core.sessions`."""
 CONFIG = 2
 """A membership. Data: see :mod:`raftfleet.core.membership`."""
-ENTRY_KINDS = (NOOP, COMMANDS, CONFIG)
+VERSION = 3
+"""From here on the state machine works as this version. Data: msgpack int; see :mod:`raftfleet.core.versions`."""
+ENTRY_KINDS = (NOOP, COMMANDS, CONFIG, VERSION)
 
 # Message kinds. Those below 32 concern one group, 32 to 63 a link, 64 and above the hosts (raftfleet.fleet.host).
 APPEND = 1

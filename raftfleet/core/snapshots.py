@@ -43,7 +43,7 @@ def make_snapshot(member: Member) -> tuple[int, int, bytes]:
             at, membership = row
     with member.shard.user_code(member):
         state = member.machine.dump(member.state)
-    parts = [1, at, membership.pack(), member.last_time_us, member.session_table.dump(), member.machine.version, state]
+    parts = [1, at, membership.pack(), member.last_time_us, member.session_table.dump(), member.active_version, state]
     return index, member.log.term_at(index), bytes(msgpack.packb(parts, use_bin_type=True))
 
 
@@ -145,10 +145,11 @@ def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> boo
         if form != 1:
             raise ValueError(f"snapshot format {form} is not known here")
         membership = Membership.unpack(membership_data, at)
+        if version > member.machine.version:
+            raise ValueError(f"the group works as version {version}; the code here knows {member.machine.version}")
         with member.shard.user_code(member):
+            member.machine.context.version = version
             state = member.machine.load(state_data)
-            if version != member.machine.version:
-                state = member.machine.upgrade(state, version)
         table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
         table.load(session_rows)
     except BaseException as error:
@@ -164,6 +165,7 @@ def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> boo
     member.memberships = [(at, membership), *later]
     member.state = state
     member.session_table = table
+    member.active_version = version
     member.last_time_us = max(time_us, member.last_time_us)
     member.commit = member.applied = index
     member.shard.save_snapshot(member, data)

@@ -299,6 +299,18 @@ class Host(CallLayer):
         elif kind == "hook_failed":
             self.count("hook_failures")
             self.note("error", f"group {self._name(uid)}: hook {event[2]} raised {event[3]}")
+        elif kind == "upgraded":
+            self.note("info", f"group {self._name(uid)} works as version {event[2]} of its state machine from now on")
+        elif kind == "upgrade_failed":
+            self.count("upgrade_failures")
+            self.note("error", f"group {self._name(uid)} stays at its version: upgrade to {event[2]} raised {event[3]}")
+        elif kind == "too_old":
+            self.count("too_old")
+            self.note(
+                "error",
+                f"group uid {uid} works as version {event[2]}; the code on this node knows {event[3]}: "
+                "its member here is stopped; update the code and start the node again",
+            )
         elif kind == "cannot_start":
             self._cannot_start(event[2], event[3])
         elif kind == "snapshot_failed":

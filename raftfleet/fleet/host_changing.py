@@ -41,15 +41,11 @@ class ChangingLayer(ReconcilingLayer):
             return
         probe = Group(0, name, replicas, config.to_dict(), ())
         places = self.fleet.desired(probe)
-        command = ["add_group", name, replicas, config.to_dict()]
+        check = (config.machine, config.hook, config.machine_version)
         if not places:
-            self._fleet_command(command, timeout_us, answer)  # which says why not
+            self._fleet_command(["add_group", name, replicas, config.to_dict()], timeout_us, answer)  # says why not
             return
-        unchecked = [
-            (node, instance)
-            for node, instance in places
-            if (instance, config.machine, config.hook) not in self._import_ok
-        ]
+        unchecked = [(node, instance) for node, instance in places if (instance, *check) not in self._import_ok]
         failures: list[Any] = []
         left = len(unchecked)
 
@@ -59,7 +55,9 @@ class ChangingLayer(ReconcilingLayer):
             if code == OK:
                 if len(self._import_ok) > 100_000:
                     self._import_ok.clear()
-                self._import_ok[instance, config.machine, config.hook] = None
+                version = body.get("version") if isinstance(body, dict) else None
+                key = (instance, *check)
+                self._import_ok[key] = version if type(version) is int else 1
             elif code == NOT_IMPORTABLE:
                 failures.append(body)
             if left == 0:
@@ -68,8 +66,11 @@ class ChangingLayer(ReconcilingLayer):
         def decide() -> None:
             if failures:
                 answer(NOT_IMPORTABLE, failures[0])
-            else:
-                self._fleet_command(command, timeout_us, answer)
+                return
+            fields = config.to_dict()
+            if config.machine_version is None:
+                fields["machine_version"] = min(self._import_ok.get((instance, *check), 1) for _, instance in places)
+            self._fleet_command(["add_group", name, replicas, fields], timeout_us, answer)
 
         if not unchecked:
             decide()

@@ -11,7 +11,10 @@ This module does not plan; :mod:`raftfleet.fleet.reconcile` does, from a view th
 
 from __future__ import annotations
 
+from typing import Any
+
 from raftfleet.core.change import CAUGHT_UP_ENTRIES, ConfigChangeRefused
+from raftfleet.core.codes import OK
 from raftfleet.core.member import Member
 from raftfleet.core.names import FLEET_UID
 from raftfleet.core.progress import REPLICATE
@@ -29,6 +32,7 @@ from raftfleet.fleet.reconcile import (
 
 LEARNERS_AT_ONCE_MAX = 32
 """Groups led here that may be bringing in a learner at a time: each may cost a snapshot."""
+VERSION_ANSWER_US = 2_000_000
 PATIENCE_US = 10_000_000
 """A voter of the fleet group unheard for so long makes way for another node."""
 
@@ -59,6 +63,8 @@ class ReconcilingLayer(FollowingLayer):
             desired = [instance for _, instance in self.fleet.desired(group)]
         step = next_step(view, desired, self.fleet.is_current, learners)
         if step is None:
+            if member.machine.version > member.active_version and not view.pending:
+                self._ask_versions(member)
             settled = set(desired) == set(view.voters) and set(learners) == set(view.learners)
             if view.pending or not settled or (uid != FLEET_UID and desired and desired[0] != self.instance):
                 if not (settled and uid in self._pinned):
@@ -70,6 +76,26 @@ class ReconcilingLayer(FollowingLayer):
             self.count("steps_refused")
             self.note("debug", f"group {member.name}: {step} refused: {refusal}")
             self._reconcile_later[uid] = None
+
+    def _ask_versions(self, member: Member) -> None:
+        """The code here knows a newer version of the machine: if every member's does, the group goes over to it."""
+        uid, term = member.uid, member.term
+        supported = [member.machine.version]
+        others = [instance for instance in member.membership.lives if instance != self.instance]
+
+        def answered(code: int, body: Any) -> None:
+            supported.append(body if code == OK and type(body) is int else 0)
+            if len(supported) == len(others) + 1 and member.lead is not None and member.term == term:
+                try:
+                    if set(others) | {self.instance} == set(member.membership.lives):
+                        member.raise_version(min(supported))
+                except ConfigChangeRefused:
+                    self._reconcile_later[uid] = None
+
+        if not others:
+            member.raise_version(member.machine.version)
+        for instance in others:
+            self.rpc(instance, "machine_version", {"uid": uid}, answered, VERSION_ANSWER_US)
 
     def _view(self, member: Member) -> GroupView:
         lead = member.lead

@@ -59,6 +59,9 @@ class RpcLayer(HostState):
                 answer(OK, {})
             elif method == "who_leads":
                 answer(*self._rpc_who_leads(int(args["uid"])))
+            elif method == "machine_version":
+                member = self.shard.members.get(int(args["uid"]))
+                answer(OK, member.machine.version if member is not None else 0)
             elif method == "group_status":
                 answer(*self._rpc_group_status(int(args["uid"])))
             elif method == "transfer":
@@ -75,10 +78,15 @@ class RpcLayer(HostState):
         config = GroupConfig.from_dict(args["config"])
         try:
             machine, _ = self.make_machine(config)
+            if (config.machine_version or 1) > machine.version:
+                raise ValueError(
+                    f"version {config.machine_version} is asked for; the code here knows {machine.version}"
+                )
+            machine.context.version = config.machine_version or machine.version
             machine.dump(machine.new())
         except BaseException as error:
             return NOT_IMPORTABLE, [self.settings.node, ": ".join(describe(error))]
-        return OK, {}
+        return OK, {"version": machine.version}
 
     def _rpc_who_leads(self, uid: int) -> tuple[int, Any]:
         if self._is_dead(uid):
@@ -116,6 +124,7 @@ class RpcLayer(HostState):
             "last_index": member.last_index,
             "members": rows,
             "unresponsive": [row["node"] for row in rows if row["unresponsive"]],
+            "machine_version": member.active_version,
             "sessions": len(member.session_table.by_client),
             "audit": member.membership.audit,
         }

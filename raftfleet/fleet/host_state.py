@@ -130,7 +130,7 @@ class HostState(ABC):
         self._reconcile_later: dict[int, None] = {}
         self._pinned: dict[int, int] = {}
         self._catching_up: dict[int, int] = {}  # uid -> since when
-        self._import_ok: dict[tuple[int, str, str | None], None] = {}
+        self._import_ok: dict[tuple[int, str, str | None, int | None], int] = {}  # -> machine's version there
         # Timers.
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._next_retry_us = 0

@@ -43,7 +43,7 @@ from raftfleet.core.names import check_group_name, hash64, shard_of
 from raftfleet.fleet.placement import PlacementRow, explain, node_hash, pair_hash
 from raftfleet.machine import StateMachine
 
-FIXED_SETTINGS = ("machine", "session_ttl_s", "session_count_max")
+FIXED_SETTINGS = ("machine", "machine_version", "session_ttl_s", "session_count_max")
 """What applying a command depends on: members learn of a change at different entries, and would differ for ever."""
 
 GONE_COUNT_MAX = 10_000
@@ -442,6 +442,8 @@ class FleetState:
             settings = GroupConfig.from_dict(config).to_dict()
         except (ValueError, TypeError) as error:
             raise FleetRefused(BAD_REQUEST, str(error)) from error
+        if settings["machine_version"] is None:
+            settings["machine_version"] = group.config["machine_version"]
         kept = [field for field in FIXED_SETTINGS if settings[field] != group.config[field]]
         leases = settings["clock_drift_margin"] is not None or group.config["clock_drift_margin"] is not None
         if leases and settings["election_timeout_s"] != group.config["election_timeout_s"]:
