@@ -86,6 +86,8 @@ class Node:
             try:
                 sys.stdout = sys.stderr = open(self.folder / "log", "a", buffering=1)  # pytest has its own
                 options.setdefault("limits", LIMITS)
+                for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in a shell's background
+                    signal.signal(number, signal.SIG_DFL)
                 code = supervisor.run(self.config, bodies={"manager": manager, "shard": shard}, **options)
             finally:
                 os._exit(code)
