@@ -116,7 +116,11 @@ def test_a_term_shows_its_epoch_only_after_a_repair() -> None:
         (["command", "counter", "[" * 100_000], "JSON"),
     ],
 )
-def test_a_wrong_call_exits_with_2_and_a_hint(words: list[str], hint: str) -> None:
+def test_a_wrong_call_exits_with_2_and_a_hint(
+    words: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raftfleet.node.supervisor.run", lambda config: 0)  # what is not refused must not run for ever
+    monkeypatch.setenv("RAFTFLEET_RUN_DIR", str(tmp_path))
     done = CliRunner().invoke(cli.main, words)
     assert done.exit_code == 2, done.output
     assert hint in done.output
