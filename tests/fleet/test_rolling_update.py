@@ -71,7 +71,9 @@ def test_a_group_goes_over_when_the_last_node_has_the_new_code(code: dict[str, t
     assert inc(fleet) == 40
 
 
-def test_a_group_added_where_one_node_has_old_code_begins_as_the_older_version(code: dict[str, type[JustAnInt]]) -> None:
+def test_a_group_added_where_one_node_has_old_code_begins_as_the_older_version(
+    code: dict[str, type[JustAnInt]],
+) -> None:
     code.update(n1=Second, n2=Second)
     fleet = SimFleet(1, SimFleetOptions(workers=1))
     fleet.start(THREE)
