@@ -9,8 +9,7 @@ This module does not know about sockets, files, clocks or threads. The caller's 
     shard.tick()                            when now_us >= shard.next_deadline_us()
     shard.flush()                           puts waiting commands into logs, makes the appends
     send shard.take_sends()                 appends may leave before anything is on disk
-    write shard.take_records() to disk, shard.saved()        (durable shards only)
-    send shard.take_saved_sends()           votes and acknowledgements: only after what they promise is saved
+    send shard.take_saved_sends()           votes and acknowledgements: a log on disk would be written before these
     shard.apply()                           runs the users' code, answers
     shard.settle(clock again)               lease answers are handed out only if the lease still holds
     hand out shard.take_replies(), shard.take_events()
