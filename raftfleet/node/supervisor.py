@@ -111,6 +111,8 @@ def run(
         finally:
             run_dir.release()
     finally:
+        while signal.sigtimedwait(_STOP_SIGNALS, 0) is not None:
+            pass  # who asked again while the node ended has what he wanted: it must not look like a death by signal
         signal.signal(signal.SIGCHLD, previous_child_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
