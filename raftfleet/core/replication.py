@@ -154,22 +154,34 @@ def send_probe(member: Member, peer: int, progress: Progress) -> None:
     _send_appends(member, peer, progress, empty=True)
 
 
-def on_append_answer(member: Member, sender: int, m: AppendAnswer) -> None:
-    """A peer's answer. Only this term's, this life's, and only what the append covered counts."""
+def _answerer(member: Member, sender: int, m: AppendAnswer | SnapshotAnswer) -> Progress | None:
+    """What this leader knows of the peer that answered, or None if the answer does not count for it.
+
+    A later term ends this leadership. An answer that counts says by itself that the peer follows since ``m.stamp``.
+    """
     if m.term > member.term:
         roles.follow(member, m.term, 0)
-        return
+        return None
     lead = member.lead
     if lead is None or m.term < member.term:
-        return
+        return None
     progress = lead.progress.get(sender)
     if progress is None or m.life != progress.life:
-        return
+        return None
     if m.stamp > progress.ack_stamp:
         progress.ack_stamp = m.stamp
     if not progress.led:
         progress.led = True
         progress.led_seq = member.shard.link(sender).lead(member)
+    return progress
+
+
+def on_append_answer(member: Member, sender: int, m: AppendAnswer) -> None:
+    """A peer's answer. Only this term's, this life's, and only what the append covered counts."""
+    progress = _answerer(member, sender, m)
+    lead = member.lead
+    if progress is None or lead is None:
+        return
     if m.accepted:
         _on_accepted(member, sender, lead, progress, m.index, m.stamp)
     else:
@@ -180,20 +192,10 @@ def on_append_answer(member: Member, sender: int, m: AppendAnswer) -> None:
 
 def on_snapshot_answer(member: Member, sender: int, m: SnapshotAnswer) -> None:
     """Progress of a transfer."""
-    if m.term > member.term:
-        roles.follow(member, m.term, 0)
-        return
+    progress = _answerer(member, sender, m)
     lead = member.lead
-    if lead is None or m.term < member.term:
+    if progress is None or lead is None:
         return
-    progress = lead.progress.get(sender)
-    if progress is None or m.life != progress.life:
-        return
-    if m.stamp > progress.ack_stamp:
-        progress.ack_stamp = m.stamp
-    if not progress.led:
-        progress.led = True
-        progress.led_seq = member.shard.link(sender).lead(member)
     transfer = progress.transfer
     if m.done:
         if transfer is not None and transfer.index == m.index:
