@@ -34,7 +34,6 @@ CONTROL_SOCKET_NAME = "control.sock"
 LEADER_TABLE_NAME = "leader_table"
 RUN_DIR_VARIABLE = "RAFTFLEET_RUN_DIR"
 SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path is 108 bytes, with a zero at the end
-LISTEN_BACKLOG = 512  # clients that connect while the loop is busy for a while; Linux cuts it to net.core.somaxconn
 
 
 class RunDirBusy(NodeError):
@@ -72,28 +71,6 @@ def default_run_dir(name: str, environ: Mapping[str, str] | None = None) -> Path
     return base_dir(environ) / name
 
 
-def find_run_dir(run_dir: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Path:
-    """The run directory a client means.
-
-    The one given; else ``$RAFTFLEET_RUN_DIR``; else that of the node named after this machine; else, if exactly one
-    node has a directory at the default place, that one. The result need not exist: connecting tells.
-    """
-    environ = os.environ if environ is None else environ
-    if run_dir is not None:
-        return Path(run_dir)
-    if environ.get(RUN_DIR_VARIABLE):
-        return Path(environ[RUN_DIR_VARIABLE])
-    default = default_run_dir(environ.get("RAFTFLEET_NAME") or default_node_name(), environ)
-    if not default.exists():
-        try:
-            locks = list(base_dir(environ).glob(f"*/{LOCK_NAME}"))
-        except OSError:
-            locks = []
-        if len(locks) == 1:
-            return locks[0].parent
-    return default
-
-
 def lock_holder(run_dir: str | os.PathLike[str]) -> int | None:
     """The pid of the supervisor that wrote the lock file, or None. It may be dead: this is for messages only."""
     try:
@@ -110,31 +87,6 @@ def group_id(name: str | None) -> int | None:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         raise ConfigError(f"socket_group: this machine has no group {name!r}") from None
-
-
-def listen_unix(path: str | os.PathLike[str], group: str | None = None) -> socket.socket:
-    """A non-blocking listening stream socket at ``path``; a leftover at that path is replaced.
-
-    The file is never open to more users than it ends up with: it is bound 0600 and widened afterwards.
-    """
-    path = os.fspath(path)
-    gid = group_id(group)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        _unlink(path)
-        previous_mask = os.umask(0o177)
-        try:
-            listener.bind(path)
-        finally:
-            os.umask(previous_mask)
-        if gid is not None:
-            os.chown(path, -1, gid)
-            os.chmod(path, 0o660)
-        listener.listen(LISTEN_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
 
 class RunDir:

@@ -14,7 +14,9 @@ import pytest
 
 from raftfleet.errors import ConfigError
 from raftfleet.node import rundir
-from raftfleet.node.rundir import RunDir, RunDirBusy, find_run_dir, listen_unix, lock_holder
+from raftfleet.node.rundir import RunDir, RunDirBusy, lock_holder
+from raftfleet.transport.poller import Poller
+from raftfleet.transport.unix import UnixServer
 
 
 @pytest.fixture
@@ -22,6 +24,12 @@ def parent() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="rf-"))
     yield folder
     shutil.rmtree(folder)
+
+
+def leave_socket(path: Path) -> None:
+    """A socket file as a process that died leaves it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
 
 
 def mode(path: Path) -> int:
@@ -34,7 +42,7 @@ def test_it_is_made_private_and_leaves_nothing(parent: Path) -> None:
     assert mode(run_dir.path / rundir.LOCK_NAME) == 0o600
     assert (run_dir.path / rundir.LOCK_NAME).read_text() == f"{os.getpid()}\nn1\nmade\n"
     assert lock_holder(run_dir.path) == os.getpid()
-    listen_unix(rundir.control_socket(run_dir.path)).close()
+    leave_socket(rundir.control_socket(run_dir.path))
     run_dir.release()
     assert not (parent / "a" / "run").exists()
 
@@ -54,7 +62,7 @@ def test_two_nodes_cannot_share_it(parent: Path) -> None:
 
 
 def test_sockets_of_a_crashed_node_are_removed(parent: Path) -> None:
-    listen_unix(rundir.shard_socket(parent, 3)).close()
+    leave_socket(rundir.shard_socket(parent, 3))
     (parent / rundir.LOCK_NAME).write_text("999999999\nold\nfound\n")
     RunDir.acquire(parent, name="n1").release()
     assert list(parent.iterdir()) == []
@@ -105,38 +113,15 @@ def test_a_link_in_place_of_the_lock_is_refused(parent: Path) -> None:
         RunDir.acquire(parent, name="n1")
 
 
-def test_sockets_are_for_the_owner_only(parent: Path) -> None:
-    path = rundir.control_socket(parent)
-    with listen_unix(path):
-        assert mode(path) == 0o600
-        with listen_unix(path) as listener:  # a leftover is replaced
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(str(path))
-                listener.accept()[0].close()
-
-
 def test_a_socket_group_opens_folder_and_sockets_to_it(parent: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may give files to any group")
     run_dir = RunDir.acquire(parent / "run", name="n1", socket_group="daemon")
     path = rundir.control_socket(run_dir.path)
-    with listen_unix(path, "daemon"):
-        assert (mode(run_dir.path), mode(path)) == (0o750, 0o660)
-        assert path.stat().st_gid == run_dir.path.stat().st_gid == rundir.group_id("daemon")
+    poller = Poller()
+    server = UnixServer(path, poller, dict, mode=0o660, group="daemon")
+    assert (mode(run_dir.path), mode(path)) == (0o750, 0o660)
+    assert path.stat().st_gid == run_dir.path.stat().st_gid == rundir.group_id("daemon")
+    server.close()
+    poller.close()
     run_dir.release()
-
-
-def test_clients_find_the_node_they_mean(parent: Path) -> None:
-    environ = {"XDG_RUNTIME_DIR": str(parent)}
-    base = parent / "raftfleet"
-    assert find_run_dir("/x", environ | {"RAFTFLEET_RUN_DIR": "/y"}) == Path("/x")
-    assert find_run_dir(None, environ | {"RAFTFLEET_RUN_DIR": "/y"}) == Path("/y")
-    assert find_run_dir(None, environ) == base / rundir.default_node_name()
-    assert find_run_dir(None, {}) == Path("/run/raftfleet") / rundir.default_node_name()
-    only = RunDir.acquire(base / "odd-name", name="odd-name")
-    assert find_run_dir(None, environ) == base / "odd-name"
-    other = RunDir.acquire(base / "another", name="another")
-    assert find_run_dir(None, environ) == base / rundir.default_node_name()
-    assert find_run_dir(None, environ | {"RAFTFLEET_NAME": "another"}) == base / "another"
-    only.release()
-    other.release()

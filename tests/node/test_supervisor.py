@@ -235,7 +235,8 @@ def test_killing_the_supervisor_leaves_no_orphan(node: Node, eventually: Eventua
 
 def test_what_a_killed_supervisor_left_is_taken_over(node: Node) -> None:
     def listens(context: ChildContext) -> None:
-        listener = rundir.listen_unix(rundir.shard_socket(context.config.run_dir, context.index))
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(rundir.shard_socket(context.config.run_dir, context.index)))
         serve_until_sigterm(context)
         listener.close()
 
@@ -255,7 +256,8 @@ def test_what_a_killed_supervisor_left_is_taken_over(node: Node) -> None:
 def test_a_dead_childs_socket_is_removed(node: Node, eventually: Eventually) -> None:
     def listens_first(context: ChildContext) -> None:
         if node.started(context.title) == 0:
-            listener = rundir.listen_unix(rundir.shard_socket(context.config.run_dir, context.index))
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(str(rundir.shard_socket(context.config.run_dir, context.index)))
             tell(context)
             while True:
                 listener.fileno()
