@@ -113,7 +113,6 @@ class Worker:
         self.user_code_since_us = 0
         self.sweep_us = 0
         self.exit_fresh = False
-        self.dropped_in_pulse = 0
 
     def _welcome(self) -> dict[str, Any]:
         return {
@@ -317,7 +316,7 @@ class Worker:
                 if len(self.backlog) < BACKLOG_FRAMES_MAX:
                     self.backlog.append((sender, rest))
                 else:
-                    self.dropped_in_pulse += 1
+                    self.host.count("dropped_in_pulse")
         sends = shard.pulse_beats(now_us)
         for peer, messages in shard.take_saved_sends().items():
             sends.setdefault(peer, []).extend(messages)

@@ -111,11 +111,13 @@ def _remove_gone(view: GroupView, desired: Sequence[int], known: Callable[[int],
     for instance in view.learners:
         if not known(instance):
             return Remove(instance)
-    for instance in view.voters:
-        if known(instance):
-            continue
+    return _retire(view, [voter for voter in view.voters if not known(voter)], desired)
+
+
+def _retire(view: GroupView, voters: Sequence[int], desired: Sequence[int]) -> Step | None:
+    """Take the first of these voters out that can be spared. A leader hands over, and its successor removes it."""
+    for instance in voters:
         if instance == view.leader:
-            # Removed from the fleet while it lives and leads: it hands over, and its successor removes it.
             heir = _heir(view, desired)
             return Transfer(heir) if heir is not None else None
         if _quorum_lives_without(view, instance):
@@ -152,13 +154,7 @@ def _remove_surplus(
     # A gone voter that could not be removed above comes last: what is in its way is a lack of live voters.
     surplus = [voter for voter in view.voters if voter not in desired and known(voter)]
     surplus.sort(key=lambda voter: (voter == view.leader, voter in view.live))
-    for instance in surplus:
-        if instance == view.leader:
-            heir = _heir(view, desired)
-            return Transfer(heir) if heir is not None else None
-        if _quorum_lives_without(view, instance):
-            return Remove(instance)
-    return None
+    return _retire(view, surplus, desired)
 
 
 def _bring_leadership_home(view: GroupView, desired: Sequence[int]) -> Step | None:
