@@ -78,7 +78,8 @@ def run(
     stop_grace_us: int = STOP_GRACE_US,
     same_wish_us: int = SAME_WISH_US,
 ) -> int:
-    """Run a node until it is told to stop; return its exit code. Call it from the main thread of a process of its own.
+    """Run a node until it is told to stop; return its exit code. Call it from the main thread of a process of its own,
+    which is to end with it: stop signals stay blocked once the node has run.
 
     Args:
         bodies: what the children do; None: the manager and shards of raftfleet.workers.
@@ -91,7 +92,7 @@ def run(
         ConfigError: the run directory cannot be used.
     """
     logs.configure(level=config.log_level, format=config.log_format, node=config.name, process="supervisor")
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    mask_after = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     previous_child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children would reap themselves
     try:
         # Imported before the first fork, so that the children share these modules' memory and start in milliseconds.
@@ -104,6 +105,9 @@ def run(
             return ExitCode.RUN_DIR_BUSY
         try:
             table = make_table(run_dir.path, config)
+            # For good: who asks again while the node ends, to the last moment of its process, has what he wanted, and
+            # it must not look like a death by signal.
+            mask_after = mask_after.union(_STOP_SIGNALS)
             try:
                 return _Supervisor(config, run_dir, table, bodies, limits, stop_grace_us, same_wish_us).serve()
             finally:
@@ -111,10 +115,8 @@ def run(
         finally:
             run_dir.release()
     finally:
-        while signal.sigtimedwait(_STOP_SIGNALS, 0) is not None:
-            pass  # who asked again while the node ended has what he wanted: it must not look like a death by signal
         signal.signal(signal.SIGCHLD, previous_child_handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask_after)
 
 
 def _bodies() -> dict[Role, boot.Body]:

@@ -68,6 +68,8 @@ class Node:
         self.eventually = eventually
         self.pid = 0
         self.exit_code: int | None = None
+        self.lingers_s = 0.0
+        """How long its process takes to end after the node has."""
         self.config = NodeConfig(name="n1", run_dir=folder / "run", workers=WORKERS, log_level="debug")
 
     def start(
@@ -90,6 +92,7 @@ class Node:
                 for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in a shell's background
                     signal.signal(number, signal.SIG_DFL)
                 code = supervisor.run(self.config, bodies={"manager": manager, "shard": shard}, **options)
+                time.sleep(self.lingers_s)
             finally:
                 os._exit(code)
         if wait:
@@ -311,6 +314,16 @@ def test_impatience_is_measured_from_the_first_signal(node: Node, eventually: Ev
 
     eventually(is_killed, "signals without a pause end it", 5.0)
     assert monotonic_us() - started_us >= supervisor.SAME_WISH_US
+    assert node.wait(5.0) == ExitCode.OK
+
+
+def test_a_signal_in_the_last_moment_of_a_stop_is_no_death_by_signal(node: Node, eventually: Eventually) -> None:
+    node.lingers_s = 0.3
+    node.start()
+    node.signal(signal.SIGTERM)
+    eventually(lambda: not (node.config.run_dir / rundir.LOCK_NAME).exists(), "the node has ended, its process has not")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        node.signal(number)
     assert node.wait(5.0) == ExitCode.OK
 
 
