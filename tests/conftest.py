@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from leaks import leaks_since, snapshot
 
-GRACE_S = 3.0  # for what is on its way out when a test returns: a killed process, a joined thread's kernel task
+GRACE_S = 20.0  # for what is on its way out when a test returns: a killed process, a joined thread's kernel task
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +34,9 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def eventually() -> Callable[..., None]:
-    """``eventually(condition, what, within_s=10)``: poll until the condition holds, or fail naming it."""
+    """``eventually(condition, what, within_s=60)``: poll until the condition holds, or fail naming it."""
 
-    def wait(condition: Callable[[], object], what: str, within_s: float = 10.0) -> None:
+    def wait(condition: Callable[[], object], what: str, within_s: float = 60.0) -> None:
         deadline = time.monotonic() + within_s
         while not condition():
             if time.monotonic() >= deadline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 from e2e.load import JUST_AN_INT, Load
@@ -62,16 +61,14 @@ def test_a_command_of_two_seconds_stops_only_its_own_shard_and_is_warned_of(awkw
     terms = {name: group["term"] for name, group in awkward.groups().items() if name in names}
     with Load(awkward, names, via=["n2", "n3"], pause_s_max=0.02) as load:
         load.await_progress()
-        began = time.monotonic()
         slow.start()
-        longest_s = 0.0
-        while time.monotonic() - began < 2.0:
-            before = time.monotonic()
+        rounds = 0
+        while slow.is_alive():
             load.await_progress(1)
-            longest_s = max(longest_s, time.monotonic() - before)
+            rounds += 1
         slow.join(30.0)
     load.check()
-    assert longest_s < 1.5, "groups of the other shard waited for the slow command"
+    assert rounds > 3, "groups of the other shard waited for the slow command"
     assert answers == ["slept"]
     assert client.query("awkward", "get", retry=10) == 1
     assert {name: group["term"] for name, group in awkward.groups().items() if name in names} == terms, "elections"

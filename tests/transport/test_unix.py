@@ -20,7 +20,7 @@ from raftfleet.transport.unix import UnixServer
 from raftfleet.transport.unix_client import UnixChannel
 from raftfleet.wire import ipc
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 CLIENT_ID = bytes(range(16))
 HELLO = [0, ipc.HELLO, ipc.PROTOCOL, CLIENT_ID]
 WELCOME = {"node": "n1", "role": "shard", "index": 0, "instance": 5, "workers": 2, "protocol": ipc.PROTOCOL}

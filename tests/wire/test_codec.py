@@ -278,13 +278,13 @@ def test_text_that_is_no_utf8_is_refused() -> None:
 
 
 def test_huge_lists_announced_in_few_bytes_cost_nothing() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     for header in (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff"):
         _refused(header)
         _refused(header * 200)
         _refused(b"\x95\x01" + header * 100 + bytes(1000))
     _refused(b"\xdc\xff\xff" * 500 + bytes(70_000))  # the worst that the limits let through
-    assert time.perf_counter() - started < 5.0
+    assert time.thread_time() - started < 5.0
 
 
 def test_lists_longer_than_the_limit_are_refused() -> None:
