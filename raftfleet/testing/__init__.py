@@ -2,6 +2,7 @@
 
 * ``LocalFleet``: real nodes on this machine, to be used, killed and paused by a test.
 * ``SimFleet``: whole nodes, their managers apart, on a virtual clock and network; a hundred times faster than time.
+* ``check_deterministic``: does a state machine do the same in every process?
 * ``raftfleet.testing.simulation``: a simulated cluster, checkers, a history search. Nothing there opens a socket or
   reads a clock. ``Simulation(seed).run()`` plays a cluster with faults; a failure says how to repeat it.
 
@@ -15,17 +16,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from raftfleet.testing.determinism import NotDeterministic, check_deterministic
     from raftfleet.testing.fleet import SimFleet, SimFleetOptions
     from raftfleet.testing.local_fleet import LocalFleet, LocalFleetError, LocalNode
 
-__all__ = ["LocalFleet", "LocalFleetError", "LocalNode", "SimFleet", "SimFleetOptions"]
+__all__ = [
+    "LocalFleet",
+    "LocalFleetError",
+    "LocalNode",
+    "NotDeterministic",
+    "SimFleet",
+    "SimFleetOptions",
+    "check_deterministic",
+]
 
 _HOME = {
     "LocalFleet": "raftfleet.testing.local_fleet",
     "LocalFleetError": "raftfleet.testing.local_fleet",
     "LocalNode": "raftfleet.testing.local_fleet",
+    "NotDeterministic": "raftfleet.testing.determinism",
     "SimFleet": "raftfleet.testing.fleet",
     "SimFleetOptions": "raftfleet.testing.fleet",
+    "check_deterministic": "raftfleet.testing.determinism",
 }
 
 
