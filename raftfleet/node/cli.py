@@ -5,9 +5,9 @@ Rules for every command: results go to stdout, narration and progress to stderr;
 has an environment variable, which its help names.
 
 This module holds no logic of the runtime. ``start`` (:mod:`raftfleet.node.cli_start`) hands a configuration to the
-supervisor, ``keygen`` and ``demo`` need no node; everything else asks the local node through
-:func:`raftfleet.connect`. Modules are imported inside the commands: ``--help`` and ``status`` must not pay for the
-runtime.
+supervisor; ``wal`` (:mod:`raftfleet.node.cli_wal`), ``keygen`` and ``demo`` need no node; everything else asks the
+local node through :func:`raftfleet.connect`. Modules are imported inside the commands: ``--help`` and ``status`` must
+not pay for the runtime.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import click
 from raftfleet.errors import ConfigError, OutcomeUnknown, RaftFleetError
 from raftfleet.node import cli_output
 from raftfleet.node.cli_start import start
+from raftfleet.node.cli_wal import wal
 
 if TYPE_CHECKING:
     from raftfleet.client.sync import Fleet
@@ -44,6 +45,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # who read the results has seen enough: click ends the process
         except (RaftFleetError, OSError) as error:
             if os.environ.get("RAFTFLEET_DEBUG"):
                 raise
@@ -71,6 +74,7 @@ def main() -> None:
 
 
 main.add_command(start)
+main.add_command(wal)
 
 
 # -------------------------------------------------------------------- asking the local node

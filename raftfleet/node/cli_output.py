@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from raftfleet import errors
+from raftfleet.storage.base import StorageError
 
 NEXT_STEPS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.NodeNotRunning, "Start a node with `raftfleet-node start`, or name its run directory with --run-dir."),
@@ -34,6 +35,7 @@ NEXT_STEPS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.QueryFailed, "The message is the state machine's own."),
     (errors.ConfigError, "`raftfleet-node start --help` explains every option."),
     (errors.ProtocolError, "Compare `raftfleet-node --version` on both sides: they may be of different versions."),
+    (StorageError, "`raftfleet-node wal verify DIR` says what lies in a data directory; docs/storage.md explains."),
     (PermissionError, "Run as the node's user, or as a member of its --socket-group."),
     (
         errors.RaftFleetError,

@@ -1,18 +1,24 @@
 """Looks at a shard's directory, or a copy of one, without changing, locking or even owning it.
 
 For ``raftfleet-node wal ls|dump|verify DIR``. Rows are plain dicts that JSON can carry; a segment is read at a time and
-rows are made one by one, so a log of any size can be looked at. ``verify`` judges as a start would.
+rows are made one by one, so a log of any size can be looked at: ``verify``, which judges as a start would, remembers of
+an entry only its term (8 bytes; some 100 where the entry was written forward).
+
+A directory that a node is using may be looked at too. What vanishes meanwhile (a segment that was freed, a snapshot
+that was replaced) is passed over, and what is being written looks like a torn tail; but a group may seem damaged
+because its parts were read at different moments. Only of a directory at rest, or a copy of one, is the verdict final.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import msgpack
 
-from raftfleet.storage.base import StorageDamaged
+from raftfleet.storage.base import ForeignStorage, SnapshotInfo, StorageDamaged, StorageTooNew
 from raftfleet.storage.files import Files, OsFiles
 from raftfleet.storage.records import (
     DATA_START,
@@ -27,14 +33,38 @@ from raftfleet.storage.records import (
     VOTE,
     Record,
     SegmentHeader,
+    find_mark,
     read_header,
     unpack_entries,
     unpack_life,
 )
-from raftfleet.storage.recovery import Replay
-from raftfleet.storage.scan import Batch, Lost, scan_segment
-from raftfleet.storage.snapshots import read_info
+from raftfleet.storage.recovery import Replay, Replayed
+from raftfleet.storage.scan import BadRecord, Batch, Lost, scan_segment
+from raftfleet.storage.snapshots import parse_name, read_info
 from raftfleet.storage.wal import segment_sequence
+
+
+def shard_directories(path: str) -> list[tuple[str, str]]:
+    """``(name, path)`` of each shard's directory: ``path`` itself, named ``.``, or those in a node's data directory.
+
+    Links are not followed. Empty: ``path`` holds nothing of a shard.
+    """
+    if os.path.isdir(f"{path}/wal"):
+        return [(".", path)]
+    found = []
+    for folder in _folders(path):
+        if os.path.isdir(f"{path}/{folder}/wal"):
+            found.append((folder, f"{path}/{folder}"))
+            continue
+        for inner in _folders(f"{path}/{folder}"):
+            if os.path.isdir(f"{path}/{folder}/{inner}/wal"):
+                found.append((f"{folder}/{inner}", f"{path}/{folder}/{inner}"))
+    return found
+
+
+def _folders(path: str) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
 
 
 def list_directory(path: str, files: Files | None = None) -> Iterator[dict[str, Any]]:
@@ -45,76 +75,151 @@ def list_directory(path: str, files: Files | None = None) -> Iterator[dict[str, 
         yield {"file": f"wal/{name}", "type": "segment", "size_bytes": len(data), **_header_row(header, whole)}
     for folder in ("snapshots", "archive"):
         for name in files.listdir(f"{path}/{folder}"):
-            yield {"file": f"{folder}/{name}", "type": "snapshot", **_snapshot_row(files, f"{path}/{folder}/{name}")}
+            row = _snapshot_row(files, f"{path}/{folder}/{name}")
+            if row is not None:
+                yield {"file": f"{folder}/{name}", "type": "snapshot", **row}
+
+
+def names(path: str, files: Files | None = None) -> dict[int, str]:
+    """The name of every group of which a record or snapshot tells it, removed ones included."""
+    found = {row["uid"]: row["name"] for row in list_directory(path, files) if "name" in row}
+    found.update({row["uid"]: row["name"] for row in dump(path, files=files) if row["kind"] == "group"})
+    return found
 
 
 def dump(
     path: str, *, uid: int | None = None, data: bool = False, files: Files | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One row per record, in order; ``uid``: only this group's; ``data``: with the entries' bytes, in base64."""
+    """One row per record, in order; ``uid``: only this group's; ``data``: with the entries' bytes, in base64.
+
+    What belongs to no known group (lost batches, a torn tail) is always told.
+
+    Raises:
+        StorageDamaged: not one segment says whose directory this is.
+        StorageTooNew: a segment has a later format.
+    """
     files = files or OsFiles()
     instance = _instance(files, path)
     for name, sequence, content in _segments(files, path):
-        header, _ = read_header(content)
+        header = _known_header(path, name, content)
         for item in scan_segment(content, sequence, instance, header.first_batch if header is not None else 0):
             if isinstance(item, Batch):
-                for _, offset, record in item.records:
-                    if uid is None or record.uid == uid:
-                        yield {"segment": name, "offset": offset, "batch": item.number, **_record_row(record, data)}
-                for bad in item.bad:
-                    if uid is None or bad.uid == uid:
-                        row = {"kind": "damaged", "uid": bad.uid, "length": bad.length}
-                        yield {"segment": name, "offset": bad.offset, "batch": item.number, **row}
+                yield from _batch_rows(name, item, uid, data)
             elif isinstance(item, Lost):
-                row = {"kind": "lost", "batches": [item.first, item.stop - 1], "bytes": item.end - item.start}
+                row = {"kind": "lost", "batches": [item.first, item.stop - 1], "length": item.end - item.start}
                 yield {"segment": name, "offset": item.start, **row}
             elif item.end > item.start:
-                yield {"segment": name, "offset": item.start, "kind": "tail", "bytes": item.end - item.start}
+                row = {"kind": "tail", "batch": item.number, "length": item.end - item.start}
+                yield {"segment": name, "offset": item.start, **row}
+
+
+def _batch_rows(name: str, batch: Batch, uid: int | None, data: bool) -> Iterator[dict[str, Any]]:
+    bad = [row for row in batch.bad if uid is None or row.uid == uid]
+    for _, offset, record in batch.records:
+        while bad and bad[0].offset < offset:
+            yield _bad_row(name, batch, bad.pop(0))
+        if uid is None or record.uid == uid:
+            yield {"segment": name, "offset": offset, "batch": batch.number, **_record_row(record, data)}
+    for row in bad:
+        yield _bad_row(name, batch, row)
+    if batch.mark_lost:
+        yield {"segment": name, "offset": batch.end, "batch": batch.number, "kind": "damaged", "what": "the mark"}
+
+
+def _bad_row(name: str, batch: Batch, bad: BadRecord) -> dict[str, Any]:
+    row = {"segment": name, "offset": bad.offset, "batch": batch.number, "kind": "damaged", "length": bad.length}
+    if bad.uid != SHARD_UID:
+        row["uid"] = bad.uid
+    return row
 
 
 def verify(path: str, files: Files | None = None) -> dict[str, Any]:
-    """Read everything as a start would and say what would be found: ``ok`` if nothing is damaged."""
+    """Read everything as a start would and say what would be found: ``ok`` if nothing is damaged.
+
+    Raises:
+        StorageDamaged: not one segment says whose directory this is.
+        StorageTooNew: it is of a later format.
+        ForeignStorage: segments of two shards are mixed.
+    """
     files = files or OsFiles()
-    replay = Replay(_instance(files, path))
-    for _name, sequence, data in _segments(files, path):
-        header, whole = read_header(data)
-        if header is not None or data.strip(b"\0"):
-            first_batch = header.first_batch if header is not None else 0
-            replay.take_segment(data, sequence, first_batch, header_whole=whole)
+    replay = Replay(_instance(files, path), keep_data=False)
+    spare_bytes = 0
+    for name, sequence, data in _segments(files, path):
+        header = _known_header(path, name, data)
+        if header is None and find_mark(data, DATA_START, sequence, replay.instance) is None:
+            spare_bytes += len(data.rstrip(b"\0"))  # of a first write that was torn: a start blanks it
+            continue
+        if header is not None and header.instance != replay.instance:
+            raise ForeignStorage(f"{path}/wal holds segments of two shards: {replay.instance} and {header.instance}")
+        spare_bytes = 0
+        first_batch = header.first_batch if header is not None else 0
+        replay.take_segment(data, sequence, first_batch, header_whole=read_header(data)[1])
     replay.finish()
-    infos: dict[int, list[Any]] = {}
-    problems: dict[int, list[str]] = {}
-    for name in files.listdir(f"{path}/snapshots"):
-        if name.endswith(".snap"):
-            try:
-                info, _ = read_info(files, f"{path}/snapshots/{name}")
-                infos.setdefault(info.uid, []).append(info)
-            except StorageDamaged as error:
-                problems.setdefault(int(name[:16], 16), []).append(str(error))
+    infos, problems, archive_problems = _read_snapshots(files, path, replay)
     rows = []
     for uid, group in sorted(replay.groups.items()):
-        snapshots = sorted(infos.get(uid, []), key=lambda info: info.generation, reverse=True)
-        member, _ = replay.member(group, snapshots, problems.get(uid, []))
-        if member is not None:
-            rows.append(
-                {
-                    "uid": uid,
-                    "name": member.name,
-                    "life": member.life,
-                    "term": member.term,
-                    "vote": member.vote,
-                    "first_index": member.first_index,
-                    "last_index": member.last_index,
-                    "snapshot_index": member.snapshot.index if member.snapshot is not None else 0,
-                }
-            )
+        row = _member_row(replay, group, infos.get(uid, []), problems.get(uid, []))
+        if row is not None:
+            rows.append(row)
+    damaged = [{"uid": damage.uid, "what": str(damage)} for damage in replay.damaged]
+    damaged += [{"uid": None, "what": problem} for problem in archive_problems]
     return {
-        "ok": not replay.damaged,
+        "ok": not damaged,
         "instance": replay.instance,
         "groups": rows,
         "tombstones": sorted(replay.tombstones),
-        "damaged": [str(damage) for damage in replay.damaged],
-        "torn_tail_bytes": replay.cut_bytes,
+        "damaged": damaged,
+        "torn_tail_bytes": replay.cut_bytes + spare_bytes,
+    }
+
+
+def _read_snapshots(
+    files: Files, path: str, replay: Replay
+) -> tuple[dict[int, list[SnapshotInfo]], dict[int, list[str]], list[str]]:
+    """Whole snapshots by uid, what is wrong with others of members, and with those in the archive."""
+    infos: dict[int, list[SnapshotInfo]] = {}
+    problems: dict[int, list[str]] = {}
+    archive_problems = []
+    for folder in ("snapshots", "archive"):
+        for name in files.listdir(f"{path}/{folder}"):
+            named = parse_name(name)
+            if named is None:
+                continue
+            uid, generation = named
+            group = replay.groups.get(uid)
+            is_members = folder == "snapshots" and group is not None and generation >= group.generation_min
+            try:
+                info, _ = read_info(files, f"{path}/{folder}/{name}")
+                if (info.uid, info.generation) != named:
+                    raise StorageDamaged(f"{info.path} says that it is {info.uid:#x}-{info.generation:#x}")
+                if is_members:
+                    infos.setdefault(uid, []).append(info)
+            except FileNotFoundError:
+                continue
+            except StorageDamaged as error:
+                if is_members:
+                    problems.setdefault(uid, []).append(str(error))
+                else:
+                    archive_problems.append(f"{error}; it is of a group that was removed")
+    return infos, problems, archive_problems
+
+
+def _member_row(
+    replay: Replay, group: Replayed, snapshots: list[SnapshotInfo], problems: list[str]
+) -> dict[str, Any] | None:
+    newest_first = sorted(snapshots, key=lambda info: info.generation, reverse=True)
+    member, _ = replay.member(group, newest_first, problems)
+    if member is None:
+        return None
+    return {
+        "uid": group.uid,
+        "name": member.name,
+        "life": member.life,
+        "term": member.term,
+        "vote": member.vote,
+        "first_index": member.first_index,
+        "last_index": member.last_index,
+        "snapshot_index": member.snapshot.index if member.snapshot is not None else 0,
     }
 
 
@@ -122,17 +227,31 @@ def _segments(files: Files, path: str) -> Iterator[tuple[str, int, bytes]]:
     for name in files.listdir(f"{path}/wal"):
         sequence = segment_sequence(name)
         if sequence is not None:
-            handle = files.open(f"{path}/wal/{name}", write=False)
             try:
-                yield name, sequence, files.pread(handle, files.size(handle), 0)
+                handle = files.open(f"{path}/wal/{name}", write=False)
+            except FileNotFoundError:
+                continue
+            try:
+                data = files.pread(handle, files.size(handle), 0)
             finally:
                 files.close(handle)
+            yield name, sequence, data
+
+
+def _known_header(path: str, name: str, data: bytes) -> SegmentHeader | None:
+    header, _ = read_header(data)
+    if header is not None and header.format > FORMAT:
+        raise StorageTooNew(f"{path}/wal/{name} has format {header.format}; this version reads up to {FORMAT}")
+    return header
 
 
 def _instance(files: Files, path: str) -> int:
     for name in files.listdir(f"{path}/wal"):
         if segment_sequence(name) is not None:
-            handle = files.open(f"{path}/wal/{name}", write=False)
+            try:
+                handle = files.open(f"{path}/wal/{name}", write=False)
+            except FileNotFoundError:
+                continue
             try:
                 header, _ = read_header(files.pread(handle, DATA_START, 0))
             finally:
@@ -156,9 +275,17 @@ def _header_row(header: SegmentHeader | None, whole: bool) -> dict[str, Any]:
     }
 
 
-def _snapshot_row(files: Files, path: str) -> dict[str, Any]:
+def _snapshot_row(files: Files, path: str) -> dict[str, Any] | None:
     try:
+        if parse_name(os.path.basename(path)) is None:
+            handle = files.open(path, write=False)
+            try:
+                return {"state": "put aside or temporary", "size_bytes": files.size(handle)}
+            finally:
+                files.close(handle)
         info, meta = read_info(files, path)
+    except FileNotFoundError:
+        return None
     except StorageDamaged as error:
         return {"state": "damaged", "why": str(error)}
     row = {"uid": info.uid, "index": info.index, "term": info.term, "generation": info.generation}

@@ -116,10 +116,14 @@ class Replayed:
 
 
 class Replay:
-    """Takes segments in order, then snapshots; gives groups, tombstones, notes and what is damaged."""
+    """Takes segments in order, then snapshots; gives groups, tombstones, notes and what is damaged.
 
-    def __init__(self, instance: int) -> None:
+    ``keep_data`` False: entries are checked but come back without kind and data, for whoever only judges.
+    """
+
+    def __init__(self, instance: int, *, keep_data: bool = True) -> None:
         self.instance = instance
+        self._unpack = unpack_entries if keep_data else _bare_entries
         self.groups: dict[int, Replayed] = {}
         self.tombstones: dict[int, tuple[Tombstone, int]] = {}
         self.notes: dict[str, tuple[bytes, int]] = {}
@@ -261,9 +265,9 @@ class Replay:
         kind, uid = record.kind, record.uid
         try:
             if kind == ENTRIES:
-                self._group(uid).append(record.index, unpack_entries(record), where, (batch, ordinal))
+                self._group(uid).append(record.index, self._unpack(record), where, (batch, ordinal))
             elif kind == FORWARD:
-                self._group(uid).forward(record.index, unpack_entries(record))
+                self._group(uid).forward(record.index, self._unpack(record))
             elif kind == VOTE:
                 group = self._group(uid)
                 group.term, group.vote, group.vote_batch = record.term, record.index, batch
@@ -346,3 +350,7 @@ class Replay:
             group.uid, group.name, group.config, group.first_voters, group.life, term, vote, fits, first, entries
         )
         return found, needs_reset
+
+
+def _bare_entries(record: Record) -> list[Entry]:
+    return [Entry(record.term, 0, b"")] * len(unpack_entries(record))

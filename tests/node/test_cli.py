@@ -21,6 +21,7 @@ from raftfleet.transport.curve import load_secret_key
 COMMANDS = {
     "start", "status", "groups", "nodes", "members", "activate", "deactivate", "stop", "add-group", "remove-group",
     "command", "query", "transfer", "remove-dead-node", "leaderless", "keygen", "demo",
+    "wal",
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_start_offers_exactly_the_settings_that_a_node_has() -> None:
         assert f"[env: {source.variable}]" in shown, source.variable
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS - {"start", "keygen", "demo"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS - {"start", "keygen", "demo", "wal"}))
 def test_every_command_that_asks_a_node_takes_a_run_dir(name: str) -> None:
     assert "run_dir" in {option.name for option in options(cli.main.commands[name])}
 

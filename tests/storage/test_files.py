@@ -255,7 +255,7 @@ def test_inspect_shows_what_is_there_and_changes_nothing(tmp_path: Path) -> None
     (copy / os.path.basename(segment)).write_bytes(damaged)
     report = inspect.verify(str(copy.parent))
     assert not report["ok"]
-    assert "group 0x1 is refused" in report["damaged"][0]
+    assert "group 0x1 is refused" in report["damaged"][0]["what"]
     assert any(row["kind"] == "damaged" and row["uid"] == 1 for row in inspect.dump(str(copy.parent)))
 
 
