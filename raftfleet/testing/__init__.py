@@ -3,6 +3,8 @@
 * ``LocalFleet``: real nodes on this machine, to be used, killed and paused by a test.
 * ``SimFleet``: whole nodes, their managers apart, on a virtual clock and network; a hundred times faster than time.
 * ``check_deterministic``: does a state machine do the same in every process?
+* ``check_under_faults``: does it keep its promises while nodes die and messages are lost?
+* pytest fixtures ``fleet`` and ``local_fleet``, there wherever raftfleet is installed (``raftfleet.testing.plugin``).
 * ``raftfleet.testing.simulation``: a simulated cluster, checkers, a history search. Nothing there opens a socket or
   reads a clock. ``Simulation(seed).run()`` plays a cluster with faults; a failure says how to repeat it.
 
@@ -17,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raftfleet.testing.determinism import NotDeterministic, check_deterministic
+    from raftfleet.testing.faults import FaultReport, FaultsNotSurvived, check_under_faults
     from raftfleet.testing.fleet import SimFleet, SimFleetOptions
     from raftfleet.testing.local_fleet import LocalFleet, LocalFleetError, LocalNode
 
 __all__ = [
+    "FaultReport",
+    "FaultsNotSurvived",
     "LocalFleet",
     "LocalFleetError",
     "LocalNode",
@@ -28,9 +33,12 @@ __all__ = [
     "SimFleet",
     "SimFleetOptions",
     "check_deterministic",
+    "check_under_faults",
 ]
 
 _HOME = {
+    "FaultReport": "raftfleet.testing.faults",
+    "FaultsNotSurvived": "raftfleet.testing.faults",
     "LocalFleet": "raftfleet.testing.local_fleet",
     "LocalFleetError": "raftfleet.testing.local_fleet",
     "LocalNode": "raftfleet.testing.local_fleet",
@@ -38,6 +46,7 @@ _HOME = {
     "SimFleet": "raftfleet.testing.fleet",
     "SimFleetOptions": "raftfleet.testing.fleet",
     "check_deterministic": "raftfleet.testing.determinism",
+    "check_under_faults": "raftfleet.testing.faults",
 }
 
 

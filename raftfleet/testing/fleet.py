@@ -178,6 +178,9 @@ class SimNode:
         """As the worker's loader does."""
         if config.machine in self.broken_specs:
             raise ImportError(f"No module named {config.machine.partition(':')[0]!r}")
+        made_here = self.fleet.machines.get(config.machine)
+        if made_here is not None:
+            return made_here(), None
         if config.machine == REGISTERS.machine:
             return _Registers(self.fleet.history), None
         return self._loader(config)
@@ -359,6 +362,7 @@ class SimFleet:
         cluster, history: checkers. ``history`` watches groups of :data:`REGISTERS`.
         story: what happened, for a failure's report.
         counts: how often things happened.
+        machines: makers of machines that are not imported, by the ``machine`` that a config names.
     """
 
     def __init__(self, seed: int = 0, options: SimFleetOptions | None = None) -> None:
@@ -374,6 +378,7 @@ class SimFleet:
         self.fleet_id = b""
         self.story: list[str] = []
         self.counts: dict[str, int] = {}
+        self.machines: dict[str, Callable[[], Any]] = {}
         self._connection_count = 0
         self._nodes_by_endpoint: dict[str, SimNode] = {}
 

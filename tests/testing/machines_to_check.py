@@ -123,3 +123,36 @@ class Sleepless(Tags):
     def command(self, state: set[str], arg: Any) -> tuple[Any, set[str]]:
         while True:
             pass
+
+
+class InItself(Tags):
+    """Keeps a count in itself, which no snapshot carries."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def command(self, state: set[str], arg: Any) -> tuple[Any, set[str]]:
+        self.count += 1
+        return self.count, state
+
+
+class Memory(Tags):
+    """Answers queries from what its own member saw last, which may be another state than the one it is asked about."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def command(self, state: set[str], arg: Any) -> tuple[Any, set[str]]:
+        result, after = super().command(state, arg)
+        if self.context.index % 3 == 0:
+            self.seen = sorted(after)
+        return result, after
+
+    def query(self, state: set[str], arg: Any) -> list[str]:
+        return self.seen
+
+
+class ChangesByQuery(Tags):
+    def query(self, state: set[str], arg: Any) -> list[str]:
+        state.add("asked")
+        return sorted(state)
