@@ -35,6 +35,10 @@ class Overloaded(NotApplied):
     """A queue is full: try again later, or offer less load."""
 
 
+class DiskFull(NotApplied):
+    """The group's leader has no room on its disk: free some there. Queries are answered meanwhile."""
+
+
 class GroupNotFound(NotApplied):
     """There is no consensus group of that name."""
 

@@ -48,7 +48,7 @@ def apply_committed(member: Member) -> None:
         elif entry.kind == CONFIG:
             _apply_config(member, index)
         elif entry.kind == VERSION and not versions.apply_version(member, entry):
-            member.shard.drop_member(member)
+            member.shard.stop_member(member)
             return
         member.applied = index
     kept = member.config.log_entries_kept

@@ -45,7 +45,7 @@ def campaign(member: Member, *, pre: bool, transfer: bool = False) -> None:
     member.votes = {member.id: True}
     roles.wait_to_campaign(member, member.election_timeout_us // 2)
     if membership.voters == (member.id,):
-        count_votes(member)
+        member.shard.when_saved(member)
         return
     term = member.term + 1 if pre else member.term
     message = Vote(VOTE, member.uid, term, pre, member.log.last_index, member.log.last_term, transfer)
@@ -77,14 +77,14 @@ def on_vote(member: Member, sender: int, m: Vote) -> None:
         member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, member.term, m.pre, False))
         return
     if m.pre:
-        if up_to_date and not member.shard.refuses_votes():
+        if up_to_date and not member.shard.refuses_votes(member):
             member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, m.term, True, True))
         else:
             member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, member.term, True, False))
         return
     if m.term > member.term:
         roles.follow(member, m.term, 0)
-    granted = up_to_date and member.vote in (0, sender) and not member.leader and not member.shard.refuses_votes()
+    granted = up_to_date and member.vote in (0, sender) and not member.leader and not member.shard.refuses_votes(member)
     if granted:
         if member.vote != sender:
             member.vote = sender

@@ -60,6 +60,9 @@ def timer_due(member: Member) -> None:
     member.timer_us = 0
     if member.lead is not None:
         return
+    if member.shard.is_full:
+        roles.wait_to_campaign(member)  # not even the vote for itself could be saved
+        return
     if member.hears_leader():
         if not member.leader:
             roles.wait_to_campaign(member, member.heard_us + member.election_timeout_us - member.shard.now_us)

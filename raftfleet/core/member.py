@@ -243,6 +243,7 @@ class Member:
     remove = change.remove
     leave = change.leave
     on_gone = change.on_gone
+    on_lost = change.on_lost
 
     # replication: the log to all others, as leader
     propose = replication.propose
@@ -264,6 +265,7 @@ class Member:
     campaign = election.campaign
     on_vote = election.on_vote
     on_vote_answer = election.on_vote_answer
+    count_votes = election.count_votes
     transfer = election.transfer
     on_timeout_now = election.on_timeout_now
 

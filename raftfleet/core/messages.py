@@ -40,6 +40,7 @@ GONE = 9
 RECOVER_QUERY = 10
 RECOVER_ANSWER = 11
 FORCE_CONFIG = 12
+LOST = 13
 BEAT = 32
 BEAT_ANSWER = 33
 LINK_LIST = 34
@@ -168,6 +169,18 @@ class Gone(NamedTuple):
     index: int  # type: ignore[assignment]
 
 
+class Lost(NamedTuple):
+    """What this life of the sender's member held is damaged: remove it, and add it again if it is wanted.
+
+    ``term``: of the message that is answered.
+    """
+
+    kind: int
+    uid: int
+    term: int
+    life: int
+
+
 class RecoverQuery(NamedTuple):
     """Repair of a lost majority: what do you have? ``dead``: instances that an operator declared gone for good."""
 
@@ -250,6 +263,7 @@ MESSAGE_TYPES: dict[int, type] = {
     RECOVER_QUERY: RecoverQuery,
     RECOVER_ANSWER: RecoverAnswer,
     FORCE_CONFIG: ForceConfig,
+    LOST: Lost,
     BEAT: Beat,
     BEAT_ANSWER: BeatAnswer,
     LINK_LIST: LinkList,

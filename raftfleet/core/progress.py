@@ -41,6 +41,7 @@ class Progress:
         "ack_stamp",
         "caught_up",
         "in_flight",
+        "is_lost",
         "known_commit",
         "led",
         "led_seq",
@@ -69,6 +70,7 @@ class Progress:
         self.known_commit = 0  # newest commit index that an answered append carried
         self.led = False  # counted in the link's digest
         self.led_seq = 0
+        self.is_lost = False  # its disk lost what this life knew: it is to be removed
         self.caught_up = False  # a learner was reported as ready to be promoted
         self.transfer: Transfer | None = None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raftfleet.core import election, own_log, roles
+from raftfleet.core import own_log, roles
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import (
     CONFIG,
@@ -148,8 +148,8 @@ def on_force_config(member: Member, sender: int, m: ForceConfig) -> None:
     member.role = CANDIDATE
     member.votes = {member.id: True}
     roles.wait_to_campaign(member, member.election_timeout_us // 2)
-    if forced.quorum == 1:
-        election.count_votes(member)
+    if forced.voters == (member.id,):
+        member.shard.when_saved(member)
         return
     message = Vote(VOTE, member.uid, member.term, False, member.log.last_index, member.log.last_term, False)
     for peer in forced.voters:

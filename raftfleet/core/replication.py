@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from raftfleet.core import own_log, roles, snapshots
 from raftfleet.core import sessions as session_rules
-from raftfleet.core.codes import NOT_LEADER, TOO_LARGE
+from raftfleet.core.codes import DISK_FULL, NOT_LEADER, TOO_LARGE
 from raftfleet.core.messages import APPEND, COMMANDS, TIMEOUT_NOW, Append, TimeoutNow
 from raftfleet.core.progress import APPEND_BYTES_MAX, APPENDS_IN_FLIGHT_MAX, PROBE, REPLICATE
 from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
@@ -60,15 +60,26 @@ def flush(member: Member) -> None:
     if lead is None:
         return
     if lead.batch and not lead.transfer_target and member.log.last_index - member.applied < UNAPPLIED_ENTRIES_MAX:
-        _append_batch(member, lead)
+        if member.shard.is_full:
+            _refuse_batch(member, lead)
+        else:
+            _append_batch(member, lead)
     last_index = member.log.last_index
     if member.membership.quorum == 1:
-        _advance_commit(member)
+        advance_commit(member)
     if member.lead is not lead:
         return
     for peer, progress in lead.progress.items():
         if progress.next <= last_index or (member.eager_commit and progress.told_commit < member.commit):
             _send_appends(member, peer, progress)
+
+
+def _refuse_batch(member: Member, lead: Leading) -> None:
+    """What cannot be saved here is not begun: it stays certain that nothing was done."""
+    for _, token in lead.batch:
+        member.shard.reply(token, DISK_FULL, f"the node that leads group {member.name} has no room on its disk")
+    lead.batch = []
+    lead.batch_bytes = 0
 
 
 def _append_batch(member: Member, lead: Leading) -> None:
@@ -231,7 +242,7 @@ def _on_accepted(member: Member, sender: int, lead: Leading, progress: Progress,
         elif progress.state == PROBE:
             progress.to_replicate()
         if index > member.commit:
-            _advance_commit(member)
+            advance_commit(member)
     elif progress.state == PROBE and index == progress.next - 1:
         progress.to_replicate()
     if progress.next <= member.log.last_index:
@@ -254,7 +265,7 @@ def _on_rejected(member: Member, sender: int, progress: Progress, m: AppendAnswe
     _send_appends(member, sender, progress, empty=True)
 
 
-def _advance_commit(member: Member) -> None:
+def advance_commit(member: Member) -> None:
     """Commit what a quorum of voters holds, if it is of this term (paper 5.4.2)."""
     lead = member.lead
     assert lead is not None

@@ -92,8 +92,10 @@ def is_present_life(member: Member, life: int, term: int) -> bool:
     """
     if life < member.life and term <= member.life_term:
         return False
-    member.life = life
     member.life_term = term
+    if life != member.life:
+        member.life = life
+        member.shard.save_group(member)
     return True
 
 

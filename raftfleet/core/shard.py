@@ -9,12 +9,13 @@ This module does not know about sockets, files, clocks or threads. The caller's 
     shard.tick()                            when now_us >= shard.next_deadline_us()
     shard.flush()                           puts waiting commands into logs, makes the appends
     send shard.take_sends()                 appends may leave before anything is on disk
-    send shard.take_saved_sends()           votes and acknowledgements: a log on disk would be written before these
+    shard.persist()                         only a durable shard (raftfleet.core.durable) has something to do here
+    send shard.take_saved_sends()           votes and acknowledgements: a log on disk is written before these
     shard.apply()                           runs the users' code, answers
     shard.settle(clock again)               lease answers are handed out only if the lease still holds
     hand out shard.take_replies(), shard.take_events()
 
-``finish()`` does the part from ``flush`` on for a shard in memory and returns all of it.
+``finish()`` does the part from ``flush`` on and returns all that is to be sent.
 
 An idle group costs nothing here: only members with a timer, with something unacknowledged (``active``), with waiting
 reads (``reading``) or with entries to apply are ever looked at; the rest is the links' beats.
@@ -42,6 +43,7 @@ from raftfleet.core.messages import (
     GONE,
     LINK_LIST,
     LINK_LIST_ANSWER,
+    LOST,
     RECOVER_ANSWER,
     RECOVER_QUERY,
     SNAPSHOT,
@@ -56,6 +58,7 @@ from raftfleet.core.messages import (
     Gone,
     LinkList,
     LinkListAnswer,
+    Lost,
     Snapshot,
 )
 
@@ -73,11 +76,9 @@ class ShardSettings:
 
     Attributes:
         beat_interval_us: one beat per linked shard each so many microseconds.
-        vote_silence_us: a durable shard that restarted gives no vote for so long (DESIGN 5.9); 0 in memory.
     """
 
     beat_interval_us: int = 200_000
-    vote_silence_us: int = 0
 
 
 class Tombstone(NamedTuple):
@@ -85,6 +86,7 @@ class Tombstone(NamedTuple):
 
     ``members``: the configuration at ``commit``, as far as it was known here. ``log_end``: (term, index) of the last
     entry that it held: whoever has less gets no vote from this instance, though it holds nothing any more.
+    ``is_lost``: it was not removed; what it held is damaged. Its leader has to end its life first.
     """
 
     term: int
@@ -94,6 +96,7 @@ class Tombstone(NamedTuple):
     commit: int
     members: frozenset[int]
     log_end: tuple[int, int]
+    is_lost: bool = False
 
 
 @dataclass
@@ -107,6 +110,9 @@ class Effects:
 
 class Shard:
     """All members of one worker. ``instance`` is its identity and that of each of its members (DESIGN 1)."""
+
+    is_full = False
+    """Whether nothing more can be saved for lack of space (durable shards only): nothing new is taken on then."""
 
     def __init__(self, instance: int, rng: random.Random, settings: ShardSettings | None = None) -> None:
         self.instance = instance
@@ -142,6 +148,7 @@ class Shard:
         self._held_votes: dict[tuple[int, int], tuple[int, Any]] = {}
         self._established: list[Member] = []
         self._leaving: list[Member] = []
+        self._lost_told: set[int] = set()
         self._user_depth = 0
         self._handlers: dict[int, Callable[[Member, int, Any], None]] = {
             APPEND: Member.on_append,
@@ -156,6 +163,7 @@ class Shard:
             RECOVER_QUERY: Member.on_recover_query,
             RECOVER_ANSWER: Member.on_recover_answer,
             FORCE_CONFIG: Member.on_force_config,
+            LOST: Member.on_lost,
         }
         self._link_handlers: dict[int, Callable[[Link, Any], None]] = {
             BEAT: self._on_beat,
@@ -277,8 +285,12 @@ class Shard:
             else:
                 member.read(arg, token)
 
+    def persist(self) -> bool:
+        """Make durable what changed; False if it could not be. In memory there is nothing to do."""
+        return True
+
     def finish(self) -> Effects:
-        """Everything from :meth:`flush` on, for a shard in memory."""
+        """Everything from :meth:`flush` on."""
         self.flush()
         self.apply()
         self.settle(self.now_us)
@@ -331,6 +343,7 @@ class Shard:
         campaign: bool = False,
         hook: Any = None,
         life: int = 0,
+        life_term: int = 0,
     ) -> Member:
         """Start a member: as one of the first ``voters``, or (None) empty, to be filled by its leader."""
         assert uid not in self.members, uid
@@ -338,10 +351,14 @@ class Shard:
         with self.user_code(None):
             member = Member(self, uid, name, config, machine, membership, life)
         member.hook = hook
+        member.life_term = life_term
         self.members[uid] = member
         buried = self.tombstones.pop(uid, None)
         if buried is not None:
             member.term, member.vote, member.forgotten_end = buried.term, buried.vote, buried.log_end
+        self.save_group(member, voters)
+        if buried is not None:
+            self.save_vote(member)
         if voters is not None:
             member.wait_to_campaign()
             if campaign:
@@ -359,11 +376,20 @@ class Shard:
         if member is not None:
             self._forget(member, GONE_UID)
         self.tombstones.pop(uid, None)
+        self.save_removal(uid)
+
+    def holds(self, uid: int) -> bool:
+        """Whether there is, or was, a member of that group here: none may be begun as if for the first time."""
+        return uid in self.members or uid in self.tombstones
+
+    def stop_member(self, member: Member) -> None:
+        """This member cannot go on with the code that is here. In memory it is given up; it may be added again."""
+        self.drop_member(member)
 
     def drop_member(self, member: Member) -> None:
         """This member was removed from a group that lives on. Its term and vote stay known: it may be added again."""
         self._forget(member, NOT_LEADER)
-        self.tombstones[member.uid] = Tombstone(
+        buried = self.tombstones[member.uid] = Tombstone(
             member.term,
             member.vote,
             member.life,
@@ -372,6 +398,7 @@ class Shard:
             frozenset(member.committed_membership()[1].lives),
             max(member.forgotten_end, (member.log.last_term, member.log.last_index)),
         )
+        self.save_tombstone(member.uid, buried)
         self.event("member_gone", member.uid)
 
     def _forget(self, member: Member, code: int) -> None:
@@ -409,9 +436,13 @@ class Shard:
         if kind not in (APPEND, SNAPSHOT):
             return None
         life = message.life
-        if buried is not None and life <= buried.life and message.term <= buried.life_term:
-            # What this instance once knew as that member is forgotten: it may not answer in that life's name.
-            return None
+        if buried is not None:
+            if buried.is_lost:
+                if self._life_is_lost(sender, message, buried):
+                    return None
+            elif life <= buried.life and message.term <= buried.life_term:
+                # What this instance once knew as that member is forgotten: it may not answer in that life's name.
+                return None
         if life == 0:
             return None  # a first member is created from the fleet's log, with its voters
         recipe = self.may_create(uid)
@@ -419,10 +450,26 @@ class Shard:
             return None
         name, config, machine, hook = recipe
         try:
-            return self.create_group(uid, name, config, machine, None, hook=hook, life=life)
+            return self.create_group(uid, name, config, machine, None, hook=hook, life=life, life_term=message.term)
         except BaseException as error:  # of the user's ``new``: the leader will ask again
             self.event("cannot_start", uid, name, error)
             return None
+
+    def _life_is_lost(self, sender: int, message: Any, buried: Tombstone) -> bool:
+        """Whether the leader speaks of the life whose memory is damaged; it is told then.
+
+        Which life that was may be damaged too: the first that a leader speaks of counts as lost, whatever its number.
+        A leader that ended that life adds the member again at a later entry.
+        """
+        uid, life = message.uid, message.life
+        if life > buried.life and uid in self._lost_told:
+            return False
+        self._lost_told.add(uid)
+        if life > buried.life:
+            buried = self.tombstones[uid] = buried._replace(life=life)
+            self.save_tombstone(uid, buried)
+        self.send_saved(sender, Lost(LOST, uid, message.term, life))
+        return True
 
     # ------------------------------------------------------------------ requests
 
@@ -528,9 +575,9 @@ class Shard:
         self.violations.append(f"{member.name} (uid {member.uid}): {what}")
         self.event("violation", member.uid, what)
 
-    def refuses_votes(self) -> bool:
-        """Whether this shard came up so recently that it may have promised a lease before (DESIGN 5.9)."""
-        return self.now_us - self._started_us < self.settings.vote_silence_us
+    def refuses_votes(self, member: Member) -> bool:
+        """Whether the member may have promised a lease in a former process (DESIGN 5.9). Never in memory."""
+        return False
 
     def gone_for(self, member: Member) -> set[int]:
         """Instances that count as lost for good when ``member``'s group has lost its majority."""
@@ -565,7 +612,10 @@ class Shard:
         if listener is not None:
             listener()
 
-    # Storage: in memory there is nothing to wait for.
+    # What is to be saved: in memory nothing is, and nothing waits (raftfleet.core.durable has the other answers).
+
+    def save_group(self, member: Member, first_voters: tuple[int, ...] | None = None) -> None:
+        """The member was made, or its life or config changed."""
 
     def save_vote(self, member: Member) -> None:
         """Term and vote changed."""
@@ -573,12 +623,22 @@ class Shard:
     def save_entries(self, member: Member, first: int) -> None:
         """The log changed from ``first`` on."""
 
-    def save_snapshot(self, member: Member, data: bytes) -> None:
-        """A snapshot replaced the log up to ``member.applied``."""
+    def save_snapshot(self, member: Member, data: bytes, *, replaces_log: bool) -> None:
+        """The leader's snapshot was installed; with ``replaces_log`` nothing of the log before it is left."""
+
+    def save_tombstone(self, uid: int, buried: Tombstone) -> None:
+        """The member is no more, and this is to be remembered."""
+
+    def save_removal(self, uid: int) -> None:
+        """The group is no more."""
 
     def saved_index(self, member: Member) -> int:
         """Up to where the member's own log is safe."""
         return member.log.last_index
+
+    def when_saved(self, candidate: Member) -> None:
+        """The only voter voted for itself: it leads as soon as that is saved."""
+        candidate.count_votes()
 
     # ------------------------------------------------------------------ links
 

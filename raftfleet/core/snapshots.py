@@ -14,7 +14,7 @@ Rules (paper 7, thesis 5.1; DESIGN 5.4):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
@@ -136,40 +136,63 @@ def _answer_snapshot(member: Member, sender: int, m: Snapshot, next_offset: int,
     )
 
 
+class Unpacked(NamedTuple):
+    """A snapshot's parts, ready to be taken over."""
+
+    membership_index: int
+    membership: Membership
+    time_us: int
+    sessions: Sessions
+    version: int
+    state: Any
+
+
+def unpack(member: Member, data: bytes) -> Unpacked:
+    """Read what :func:`make_snapshot` gave. Raises whatever is wrong with it; the member stays as it is."""
+    form, at, membership_data, time_us, session_rows, version, state_data = msgpack.unpackb(
+        data, raw=False, strict_map_key=False
+    )
+    if form != 1:
+        raise ValueError(f"snapshot format {form} is not known here")
+    membership = Membership.unpack(membership_data, at)
+    if version > member.machine.version:
+        raise ValueError(f"the group works as version {version}; the code here knows {member.machine.version}")
+    with member.shard.user_code(member):
+        member.machine.context.version = version
+        state = member.machine.load(state_data)
+    table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
+    table.load(session_rows)
+    return Unpacked(at, membership, time_us, table, version, state)
+
+
+def take_over(member: Member, index: int, unpacked: Unpacked) -> None:
+    """Be as the snapshot of ``index`` says; the log and the later memberships are the caller's."""
+    member.state = unpacked.state
+    member.session_table = unpacked.sessions
+    member.active_version = unpacked.version
+    member.last_time_us = max(unpacked.time_us, member.last_time_us)
+    member.commit = member.applied = index
+
+
 def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> bool:
     """Take over state, sessions and membership; returns False (and says so) if the bytes are of no use."""
     try:
-        form, at, membership_data, time_us, session_rows, version, state_data = msgpack.unpackb(
-            data, raw=False, strict_map_key=False
-        )
-        if form != 1:
-            raise ValueError(f"snapshot format {form} is not known here")
-        membership = Membership.unpack(membership_data, at)
-        if version > member.machine.version:
-            raise ValueError(f"the group works as version {version}; the code here knows {member.machine.version}")
-        with member.shard.user_code(member):
-            member.machine.context.version = version
-            state = member.machine.load(state_data)
-        table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
-        table.load(session_rows)
+        unpacked = unpack(member, data)
     except BaseException as error:
         member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
         return False
     log = member.log
-    if log.term_at(index) == term:
-        log.compact_to(index)  # the rest of the log agrees up to here and stays
-        later = [row for row in member.memberships if row[0] > index]
-    else:
+    replaces_log = log.term_at(index) != term
+    if replaces_log:
         log.reset_to(index, term)
         later = []
-    member.memberships = [(at, membership), *later]
-    member.state = state
-    member.session_table = table
-    member.active_version = version
-    member.last_time_us = max(time_us, member.last_time_us)
-    member.commit = member.applied = index
-    member.shard.save_snapshot(member, data)
+    else:
+        log.compact_to(index)  # the rest of the log agrees up to here and stays
+        later = [row for row in member.memberships if row[0] > index]
+    member.memberships = [(unpacked.membership_index, unpacked.membership), *later]
+    take_over(member, index, unpacked)
+    member.shard.save_snapshot(member, data, replaces_log=replaces_log)
     if member.hook is not None:
-        apply.call_hook(member, "on_restored", state)
+        apply.call_hook(member, "on_restored", member.state)
     member.shard.on_restored(member)
     return True

@@ -39,6 +39,8 @@ def raise_version(member: Member, version: int) -> None:
         raise ConfigChangeRefused("this member does not lead, or has committed nothing in its term yet")
     if lead.config_index or lead.transfer_target:
         raise ConfigChangeRefused("a change of membership or of the leader is under way")
+    if member.shard.is_full:
+        raise ConfigChangeRefused("this leader has no room on its disk")
     if version > member.active_version and version > lead.version_asked:
         lead.version_asked = version
         own_log.append(member, VERSION, bytes(msgpack.packb(version)))

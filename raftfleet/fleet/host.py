@@ -5,6 +5,7 @@ brings messages, requests and the time, and carries out what :meth:`Host.finish`
 side: the order of an iteration, and where messages, requests and the shard's events go. The duties themselves are
 layers, one class over the other, each in a module of its own, which calls those below it:
 
+* :mod:`~raftfleet.fleet.host_restoring`: **coming back from a disk**, if the worker has one.
 * :mod:`~raftfleet.fleet.host_calls`: what the manager, sibling workers and clients ask of this worker.
 * :mod:`~raftfleet.fleet.host_changing`: **changing the fleet** (worker 0): import checks, the fleet command, and, for a
   removal, making sure that the old group has stopped before the caller is told.
@@ -44,7 +45,7 @@ from raftfleet.core.host_messages import (
     Leaders,
 )
 from raftfleet.core.names import FLEET_UID
-from raftfleet.fleet.host_calls import CallLayer
+from raftfleet.fleet.host_restoring import RestoringLayer
 from raftfleet.fleet.host_state import RETRY_PARKED_US, HostSettings, Outputs
 from raftfleet.fleet.requests import FROM_CLIENT, Request
 
@@ -53,6 +54,8 @@ COMMAND_OP, QUERY_OP, CALL_OP = 1, 2, 3
 
 SWEEP_US = 10_000_000
 RECONCILE_RETRY_US = 300_000
+DRAIN_RETRY_US = 1_000_000
+"""How often a worker without room on its disk tries again to hand its leaderships over."""
 RECONCILE_PER_ROUND = 64
 MESSAGE_BYTES_MAX = 4 << 20
 """Requests or answers of one message: a frame holds several messages, and is cut between them where it is too large."""
@@ -76,7 +79,7 @@ def in_parts(items: list[Item]) -> list[list[Item]]:
     return parts
 
 
-class Host(CallLayer):
+class Host(RestoringLayer):
     """See the module's text. One per worker process."""
 
     # ------------------------------------------------------------------ the loop
@@ -118,6 +121,9 @@ class Host(CallLayer):
             self._next_reconcile_us = now_us + RECONCILE_RETRY_US
             self._reconcile.update(self._reconcile_later)
             self._reconcile_later = {}
+        if shard.is_full and now_us >= self._next_drain_us:
+            self._next_drain_us = now_us + DRAIN_RETRY_US
+            self.drain()
         if now_us >= self._next_sweep_us:
             self._next_sweep_us = now_us + SWEEP_US
             self._sweep()
@@ -129,6 +135,8 @@ class Host(CallLayer):
                 self._reconcile[uid] = None
                 if member.is_established:
                     self._announce(member)
+        if self._resting:
+            self._retry_resting()
         if self.fleet_known:
             for group in self.fleet.groups.values():
                 self._maybe_create(group)
@@ -149,8 +157,28 @@ class Host(CallLayer):
         self.shard.flush()
 
     def collect_sends(self) -> dict[int, list[Any]]:
-        """Everything to be sent now, by instance. The caller sends it before :meth:`apply`."""
+        """What is to be sent now, by instance: in memory all of it, on a disk what need not wait for it.
+
+        The caller sends it, then what :meth:`persist` returns, before :meth:`apply`.
+        """
         sends = self.shard.take_sends()
+        if self.disk is not None:
+            self._introduce(sends)
+            return sends
+        return self._collect_rest(sends)
+
+    def persist(self) -> dict[int, list[Any]]:
+        """Save what changed; returns what may be sent then. Nothing in memory.
+
+        Raises:
+            Exception: what the disk raises. This host is finished then: nothing of it may be sent or answered any more.
+        """
+        if self.disk is None:
+            return {}
+        self.shard.persist()
+        return self._collect_rest({})
+
+    def _collect_rest(self, sends: dict[int, list[Any]]) -> dict[int, list[Any]]:
         for peer, messages in self.shard.take_saved_sends().items():
             if peer in sends:
                 sends[peer].extend(messages)
@@ -174,13 +202,16 @@ class Host(CallLayer):
             for peer, messages in self._out.sends.items():
                 sends.setdefault(peer, []).extend(messages)
             self._out.sends = {}
+        self._introduce(sends)
+        return sends
+
+    def _introduce(self, sends: dict[int, list[Any]]) -> None:
         for peer in sends:
             introduced_us = self._introduced.get(peer)
             if introduced_us is None or self.now_us - introduced_us > SWEEP_US:
                 self._introduced[peer] = self.now_us
                 settings = self.settings
                 sends[peer].insert(0, Introduce(INTRODUCE, settings.node, settings.endpoint, settings.public_key))
-        return sends
 
     def apply(self) -> None:
         """Apply, and hand out answers and events."""
@@ -196,6 +227,8 @@ class Host(CallLayer):
         for event in shard.take_events():
             self._on_event(event)
         out = self._out
+        if out.addresses and self.disk is not None:
+            self._save_addresses()
         self._out = Outputs(sends=out.sends)  # made while answering: they leave with the next collection
         out.sends = {}
         return out
@@ -206,17 +239,23 @@ class Host(CallLayer):
         return bool(self.shard.has_work or self._forwards or self._answers or self._notices or self._out.sends)
 
     def finish(self) -> Outputs:
-        """``flush``, ``collect_sends``, ``apply``, ``settle`` and a second collection, for simulations."""
+        """``flush``, ``collect_sends``, ``persist``, ``apply``, ``settle`` and a second collection, for simulations."""
         self.flush()
         sends = self.collect_sends()
+        self._add_sends(sends, self.persist())
         self.apply()
         out = self.settle(self.now_us)
         if self.has_work:
             self.shard.flush()
-            for peer, messages in self.collect_sends().items():
-                sends.setdefault(peer, []).extend(messages)
+            self._add_sends(sends, self.collect_sends())
+            self._add_sends(sends, self.persist())
         out.sends = sends
         return out
+
+    @staticmethod
+    def _add_sends(sends: dict[int, list[Any]], more: dict[int, list[Any]]) -> None:
+        for peer, messages in more.items():
+            sends.setdefault(peer, []).extend(messages)
 
     # ------------------------------------------------------------------ messages of other shards
 
@@ -316,6 +355,12 @@ class Host(CallLayer):
         elif kind == "snapshot_failed":
             self.count("snapshot_failures")
             self.note("error", f"group {self._name(uid)}: its state could not be dumped or loaded: {event[2]}")
+        elif kind == "member_lost":
+            self._reconcile[uid] = None
+            self.note("warning", f"group {self._name(uid)}: the disk of {self._node_of(event[2])} lost its member")
+        elif kind == "disk_full":
+            self._next_drain_us = self.now_us + DRAIN_RETRY_US
+            self.drain()
         elif kind == "majority_lost":
             self._renew(uid, event[2])
         elif kind == "recovered":

@@ -60,6 +60,7 @@ class CallLayer(ChangingLayer):
                 "fleet_known": self.fleet_known,
                 "fleet_voters": list(fleet_member.voters) if fleet_member is not None else [],
                 "counters": dict(self.counters),
+                "disk": self.disk.status() if self.disk is not None else None,
             },
         )
 

@@ -134,7 +134,8 @@ class FollowingLayer(RoutingLayer):
             group = self.fleet.by_name.get(name)
             if group is None or group.uid != uid:
                 self._group_removed(name, uid)
-        for uid in [uid for uid in self.shard.members if uid != FLEET_UID and uid not in self.fleet.groups]:
+        here = [*self.shard.members, *self.shard.tombstones, *self._resting]
+        for uid in [uid for uid in here if self.fleet.is_dead_uid(uid)]:
             self.shard.remove_group(uid)
         for group in self.fleet.groups.values():
             self._group_added(group)
@@ -188,6 +189,9 @@ class FollowingLayer(RoutingLayer):
         if not self._owns(name) or self._known.get(name) == group.uid:
             return
         self._known[name] = group.uid
+        member = self.shard.members.get(group.uid)
+        if member is not None and member.config != group.group_config():
+            self._config_changed(name)  # while this worker was down
         known = self.leaders.get(group.uid)
         if known is not None:
             self._table_leader(name, group.uid, *known)
@@ -201,7 +205,7 @@ class FollowingLayer(RoutingLayer):
     def _maybe_create(self, group: Group) -> None:
         """Start the first member that the fleet's log gives to this worker."""
         uid = group.uid
-        if uid in self.shard.members or uid in self.shard.tombstones or uid in self._dead_early:
+        if self.shard.holds(uid) or uid in self._dead_early or self.shard.is_full:
             return
         instances = tuple(instance for _, instance in group.members)
         if self.instance not in instances:
@@ -262,6 +266,7 @@ class FollowingLayer(RoutingLayer):
             config = group.group_config()
             member.config = config
             member.election_timeout_us = int(config.election_timeout_s * 1_000_000)
+            self.shard.save_group(member)
             made = self._make_machine(group)
             if made is not None:
                 member.hook = made[1]

@@ -61,7 +61,12 @@ class ReconcilingLayer(FollowingLayer):
             if group is None:
                 return
             desired = [instance for _, instance in self.fleet.desired(group)]
-        step = next_step(view, desired, self.fleet.is_current, learners)
+        lost = self._lost_members(member)
+
+        def is_known(instance: int) -> bool:
+            return instance not in lost and self.fleet.is_current(instance)
+
+        step = next_step(view, desired, is_known, learners)
         if step is None:
             if member.machine.version > member.active_version and not view.pending:
                 self._ask_versions(member)
@@ -76,6 +81,12 @@ class ReconcilingLayer(FollowingLayer):
             self.count("steps_refused")
             self.note("debug", f"group {member.name}: {step} refused: {refusal}")
             self._reconcile_later[uid] = None
+
+    @staticmethod
+    def _lost_members(member: Member) -> set[int]:
+        """Members whose disks lost what they knew: they count as gone until they are added again."""
+        assert member.lead is not None
+        return {peer for peer, progress in member.lead.progress.items() if progress.is_lost}
 
     def _ask_versions(self, member: Member) -> None:
         """The code here knows a newer version of the machine: if every member's does, the group goes over to it."""
@@ -139,7 +150,8 @@ class ReconcilingLayer(FollowingLayer):
         elif isinstance(step, Promote):
             member.promote(step.instance)
         elif isinstance(step, Remove):
-            if uid == FLEET_UID and step.instance in member.voters and self.fleet.is_current(step.instance):
+            is_known = self.fleet.is_current(step.instance) and step.instance not in self._lost_members(member)
+            if uid == FLEET_UID and step.instance in member.voters and is_known:
                 member.demote(step.instance)
             else:
                 member.remove(step.instance)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raftfleet.core.codes import NO_LEADER, NOT_ACTIVE, OUTCOME_UNKNOWN, OVERLOADED, UNANSWERED
+from raftfleet.core.codes import DISK_FULL, NO_LEADER, NOT_ACTIVE, OUTCOME_UNKNOWN, OVERLOADED
 from raftfleet.core.host_messages import OP_COMMAND, ForwardReply
 from raftfleet.core.names import FLEET_GROUP
 from raftfleet.fleet.host_rpc import RpcLayer
@@ -51,7 +51,7 @@ class OpenRequestLayer(RpcLayer):
         if request.done:
             return
         request.done = True
-        if request.maybe & IN_A_LOG and NO_LEADER <= code <= UNANSWERED and request.op == OP_COMMAND:
+        if request.maybe & IN_A_LOG and NO_LEADER <= code <= DISK_FULL and request.op == OP_COMMAND:
             # What became of the last try is known, but an earlier one was in a log.
             code, body = OUTCOME_UNKNOWN, f"it was in the log of a leader that was deposed; then: {body}"
         if request in self._open:

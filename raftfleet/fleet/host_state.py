@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raftfleet.core.config import GroupConfig
+from raftfleet.core.durable import Disk, DurableShard
 from raftfleet.core.host_messages import ForwardReply, ForwardRequest, Leadership
 from raftfleet.core.shard import Shard, ShardSettings
 from raftfleet.fleet.machine import FleetState, RecordingFleetMachine
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 RETRY_PARKED_US = 50_000
 """How often requests that wait without an event to wake them are tried again."""
 MachineFactory = Callable[[GroupConfig], tuple[Any, Any]]
+
+
+class HostDisk(Disk, Protocol):
+    """The disk of a durable worker (:class:`raftfleet.storage.keeper.Keeper`)."""
+
+    def save_note(self, key: str, value: bytes) -> None:
+        """Remember a small fact of the worker."""
+
+    def status(self) -> dict[str, Any]:
+        """How it is, for people."""
 
 
 @dataclass
@@ -73,13 +84,26 @@ class HostSettings:
 class HostState(ABC):
     """The lowest layer: all state, and what every layer above may use."""
 
-    def __init__(self, instance: int, settings: HostSettings, rng: random.Random, make_machine: MachineFactory) -> None:
+    def __init__(
+        self,
+        instance: int,
+        settings: HostSettings,
+        rng: random.Random,
+        make_machine: MachineFactory,
+        disk: HostDisk | None = None,
+    ) -> None:
         # Who this is.
         self.instance = instance
         self.settings = settings
         self.rng = rng
         self.make_machine = make_machine
-        self.shard = Shard(instance, rng, ShardSettings(beat_interval_us=settings.beat_interval_us))
+        self.disk = disk
+        shard_settings = ShardSettings(beat_interval_us=settings.beat_interval_us)
+        self.shard: Shard
+        if disk is None:
+            self.shard = Shard(instance, rng, shard_settings)
+        else:
+            self.shard = DurableShard(instance, rng, shard_settings, disk)
         self.shard.may_create = self._recipe
         self.shard.is_dead = self._is_dead
         self.shard.node_of = self._node_of
@@ -131,11 +155,15 @@ class HostState(ABC):
         self._pinned: dict[int, int] = {}
         self._catching_up: dict[int, int] = {}  # uid -> since when
         self._import_ok: dict[tuple[int, str, str | None, int | None], int] = {}  # -> machine's version there
+        # Members on the disk that the code here cannot work with (yet).
+        self._resting: dict[int, Any] = {}
+        self._load_state: Callable[[Any], bytes] = lambda info: b""
         # Timers.
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._next_retry_us = 0
         self._next_sweep_us = 0
         self._next_reconcile_us = 0
+        self._next_drain_us = 0
 
     @property
     def now_us(self) -> int:

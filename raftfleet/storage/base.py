@@ -70,11 +70,15 @@ class DiskState(enum.Enum):
 
 @dataclass(frozen=True)
 class Tombstone:
-    """A member that was here once: term and vote it must remember, and the life it must never resume."""
+    """A member that was here once: term and vote it must remember, and the life it must never resume.
+
+    ``facts``: what else its owner wanted kept, a msgpack value.
+    """
 
     term: int
     vote: int
     life: int
+    facts: Any = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class RecoveredGroup:
         term, vote: never below any that an answer was given for.
         snapshot: the newest that is whole and fits the log; None: the log begins at index 1.
         first_index: index of ``entries[0]`` (or of the entry that would come): ``snapshot.index + 1``, or 1.
+        facts: what else the member's owner wanted kept, a msgpack value.
     """
 
     uid: int
@@ -110,6 +115,7 @@ class RecoveredGroup:
     snapshot: SnapshotInfo | None = None
     first_index: int = 1
     entries: list[Entry] = field(default_factory=list)
+    facts: Any = None
 
     @property
     def last_index(self) -> int:
@@ -158,11 +164,21 @@ class Storage(Protocol):
     state: DiskState
 
     def save_group(
-        self, uid: int, name: str, config: dict[str, Any], first_voters: Sequence[int] | None, life: int
+        self,
+        uid: int,
+        name: str,
+        config: dict[str, Any],
+        first_voters: Sequence[int] | None,
+        life: int,
+        facts: Any = None,
     ) -> None:
-        """Create the member, or replace its record (config or life changed); its log, term and vote stay.
+        """Create the member, or replace its record (config, life or facts changed); its log, term and vote stay.
 
         Ends the uid's tombstone; its term and vote are the caller's to carry over with :meth:`save_vote`.
+
+        Args:
+            first_voters: of a member that is created; one that is there keeps its own.
+            facts: a msgpack value that comes back with the member.
         """
 
     def save_vote(self, uid: int, term: int, vote: int) -> None:
@@ -198,7 +214,7 @@ class Storage(Protocol):
     def forget_group(self, uid: int) -> None:
         """The group is no more: drop its member. Its last snapshot goes to the archive once this is durable."""
 
-    def bury(self, uid: int, term: int, vote: int, life: int) -> None:
+    def bury(self, uid: int, term: int, vote: int, life: int, facts: Any = None) -> None:
         """Drop the member and keep a tombstone. Also for a uid that is unknown or was reported as damaged."""
 
     def save_note(self, key: str, value: bytes) -> None:

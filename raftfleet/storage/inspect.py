@@ -36,6 +36,7 @@ from raftfleet.storage.records import (
     find_mark,
     read_header,
     unpack_entries,
+    unpack_group,
     unpack_life,
 )
 from raftfleet.storage.recovery import Replay, Replayed
@@ -304,8 +305,8 @@ def _record_row(record: Record, data: bool) -> dict[str, Any]:
     elif kind in (VOTE, TOMBSTONE):
         row.update(term=record.term, vote=record.index, life=unpack_life(record))
     elif kind == GROUP:
-        name, config, voters, generation = msgpack.unpackb(record.body, strict_map_key=False)
-        row.update(name=name, config=config, first_voters=voters, life=record.index, generation=generation)
+        name, config, voters, generation, facts = unpack_group(record.body)
+        row.update(name=name, config=config, first_voters=voters, life=record.index, generation=generation, facts=facts)
     elif kind == NOTE:
         key, value = msgpack.unpackb(record.body)
         row.update(key=key, value=base64.b64encode(value).decode())

@@ -59,7 +59,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import msgpack
@@ -220,23 +220,37 @@ def pack_group(
     first_voters: Sequence[int] | None,
     life: int,
     generation_min: int,
+    facts: object = None,
     *,
     first: bool,
 ) -> bytes:
     """A GROUP record; ``first``: the member begins with it."""
     voters = None if first_voters is None else list(first_voters)
-    body = bytes(msgpack.packb([name, config, voters, generation_min]))
+    body = bytes(msgpack.packb([name, config, voters, generation_min, facts]))
     return pack_record(GROUP, uid, 0, life, 1 if first else 0, body)
 
 
-def pack_life(kind: int, uid: int, term: int, vote: int, life: int) -> bytes:
-    """A VOTE or TOMBSTONE record."""
-    return pack_record(kind, uid, term, vote, 0, _U64.pack(life))
+def unpack_group(body: bytes) -> tuple[str, dict[str, Any], tuple[int, ...] | None, int, Any]:
+    """Name, config, first voters, lowest generation and facts of a GROUP record."""
+    name, config, voters, generation_min, facts = msgpack.unpackb(body, strict_map_key=False)
+    return name, config, None if voters is None else tuple(voters), generation_min, facts
+
+
+def pack_life(kind: int, uid: int, term: int, vote: int, life: int, facts: object = None) -> bytes:
+    """A VOTE or TOMBSTONE record; only the latter has ``facts``."""
+    rest = b"" if facts is None else bytes(msgpack.packb(facts))
+    return pack_record(kind, uid, term, vote, 0, _U64.pack(life) + rest)
 
 
 def unpack_life(record: Record) -> int:
     """The life in a VOTE or TOMBSTONE record."""
-    return int(_U64.unpack(record.body)[0])
+    return int(_U64.unpack_from(record.body)[0])
+
+
+def unpack_facts(record: Record) -> Any:
+    """The facts of a TOMBSTONE record; None if there are none."""
+    rest = record.body[_U64.size :]
+    return msgpack.unpackb(rest, strict_map_key=False) if rest else None
 
 
 def pack_note(key: str, value: bytes) -> bytes:

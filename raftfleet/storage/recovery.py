@@ -32,6 +32,8 @@ from raftfleet.storage.records import (
     VOTE,
     Record,
     unpack_entries,
+    unpack_facts,
+    unpack_group,
     unpack_life,
 )
 from raftfleet.storage.scan import Batch, Lost, Tail, scan_segment
@@ -46,6 +48,7 @@ class Replayed:
     name: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     first_voters: tuple[int, ...] | None = None
+    facts: Any = None
     generation_min: int = 0
     record_batch: int = 0
     vote_batch: int = 0
@@ -284,7 +287,8 @@ class Replay:
                     self._harmless(doubt, f"{what}, of a group that was removed later")
                 self.tombstones.pop(uid, None)
                 if kind == TOMBSTONE:
-                    self.tombstones[uid] = (Tombstone(record.term, record.index, unpack_life(record)), batch)
+                    stone = Tombstone(record.term, record.index, unpack_life(record), unpack_facts(record))
+                    self.tombstones[uid] = (stone, batch)
             elif kind == NOTE:
                 key, value = msgpack.unpackb(record.body)
                 self.notes.pop(key, None)
@@ -297,13 +301,13 @@ class Replay:
             self._group(uid).doubts.append((where, what))
 
     def _take_group(self, batch: int, ordinal: int, record: Record) -> None:
-        name, config, voters, generation_min = msgpack.unpackb(record.body, strict_map_key=False)
+        name, config, voters, generation_min, facts = unpack_group(record.body)
         group = self._group(record.uid)
         self.tombstones.pop(record.uid, None)
         if record.count:
             group.began = (batch, ordinal)
         group.name, group.config, group.generation_min = name, config, generation_min
-        group.first_voters = None if voters is None else tuple(voters)
+        group.first_voters, group.facts = voters, facts
         group.life = record.index
         group.record_batch = batch
 
@@ -347,7 +351,17 @@ class Replay:
         if last_term > term:
             term, vote = last_term, 0
         found = RecoveredGroup(
-            group.uid, group.name, group.config, group.first_voters, group.life, term, vote, fits, first, entries
+            uid=group.uid,
+            name=group.name,
+            config=group.config,
+            first_voters=group.first_voters,
+            life=group.life,
+            term=term,
+            vote=vote,
+            snapshot=fits,
+            first_index=first,
+            entries=entries,
+            facts=group.facts,
         )
         return found, needs_reset
 

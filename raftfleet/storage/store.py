@@ -76,6 +76,7 @@ class Group:
     __slots__ = (
         "base",
         "began",
+        "first_voters",
         "generation_min",
         "last",
         "life",
@@ -94,6 +95,7 @@ class Group:
         self.life = life
         self.generation_min = generation_min
         self.began = began  # (batch, ordinal): entries before this place are of an earlier log
+        self.first_voters: tuple[int, ...] | None = None
         self.record = b""
         self.record_batch = 0
         self.vote_batch = 0
@@ -262,8 +264,9 @@ class ShardStore:
                 continue
             group = self.groups[uid] = Group(replayed.name, replayed.life, replayed.generation_min, replayed.began)
             voters = replayed.first_voters
+            group.first_voters = voters
             group.record = pack_group(
-                uid, group.name, replayed.config, voters, group.life, group.generation_min, first=False
+                uid, group.name, replayed.config, voters, group.life, group.generation_min, replayed.facts, first=False
             )
             group.record_batch, group.vote_batch = replayed.record_batch, replayed.vote_batch
             group.term, group.vote = member.term, member.vote
@@ -382,7 +385,13 @@ class ShardStore:
         wal.fleet = fleet
 
     def save_group(
-        self, uid: int, name: str, config: dict[str, Any], first_voters: Sequence[int] | None, life: int
+        self,
+        uid: int,
+        name: str,
+        config: dict[str, Any],
+        first_voters: Sequence[int] | None,
+        life: int,
+        facts: Any = None,
     ) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""
         assert uid not in self.refused, f"{uid:#x} is damaged: bury it first"
@@ -392,13 +401,15 @@ class ShardStore:
         if group is None:
             group = Group(name, life, self._next_generation, (wal.next_batch, len(wal.pending)))
             self._next_generation += 1
+            group.first_voters = None if first_voters is None else tuple(first_voters)
             self.groups[uid] = group
             self._tombstones.pop(uid, None)
         group.name, group.life = name, life
-        group.record = pack_group(uid, name, config, first_voters, life, group.generation_min, first=False)
+        voters = group.first_voters
+        group.record = pack_group(uid, name, config, voters, life, group.generation_min, facts, first=False)
         record = group.record
         if first:
-            record = pack_group(uid, name, config, first_voters, life, group.generation_min, first=True)
+            record = pack_group(uid, name, config, voters, life, group.generation_min, facts, first=True)
         group.record_batch = wal.next_batch
         self._add(uid, record, 0)
 
@@ -448,11 +459,11 @@ class ShardStore:
         if self._drop(uid):
             self._add(uid, pack_record(FORGET, uid, 0, 0, 0, b""), 0)
 
-    def bury(self, uid: int, term: int, vote: int, life: int) -> None:
+    def bury(self, uid: int, term: int, vote: int, life: int, facts: Any = None) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""
         self._drop(uid)
-        self._tombstones[uid] = (Tombstone(term, vote, life), self._wal.next_batch)
-        self._add(uid, pack_life(TOMBSTONE, uid, term, vote, life), 0)
+        self._tombstones[uid] = (Tombstone(term, vote, life, facts), self._wal.next_batch)
+        self._add(uid, pack_life(TOMBSTONE, uid, term, vote, life, facts), 0)
 
     def _drop(self, uid: int) -> bool:
         known = self.groups.pop(uid, None) is not None
@@ -538,7 +549,7 @@ class ShardStore:
 
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""
-        generation = self.begin_snapshot()
+        generation = self.reserve_generation()
         meta = {"name": self.groups[uid].name}
         try:
             info = write_snapshot(self.files, f"{self.path}/snapshots", uid, index, term, generation, meta, data)
@@ -546,8 +557,13 @@ class ShardStore:
             raise self._snapshot_failed(uid, generation, error) from error
         self.adopt_snapshot(info)
 
-    def begin_snapshot(self) -> int:
-        """A generation for a snapshot that is written elsewhere (a forked child), then :meth:`adopt_snapshot`."""
+    @property
+    def segments(self) -> list[Segment]:
+        """Segments in use, oldest first."""
+        return self._wal.segments
+
+    def reserve_generation(self) -> int:
+        """A generation for a snapshot that is written elsewhere (a forked child), then :meth:`adopt_if_newer`."""
         if self._wal.state is DiskState.POISONED:
             raise StoragePoisoned(self._wal.why)
         self._next_generation += 1
@@ -561,6 +577,16 @@ class ShardStore:
         wal = self._wal
         while len(group.snapshots) > 2:
             wal.guard(self.files.unlink, group.snapshots.pop(0).path)
+
+    def adopt_if_newer(self, info: SnapshotInfo) -> bool:
+        """Count a snapshot that was written elsewhere; False if by now it is of no use, and it was removed."""
+        group = self.groups.get(info.uid)
+        newest = group.snapshots[-1].index if group is not None and group.snapshots else 0
+        if group is None or info.generation < group.generation_min or info.index <= max(newest, group.base - 1):
+            self._wal.guard(self.files.unlink, info.path)
+            return False
+        self.adopt_snapshot(info)
+        return True
 
     def _snapshot_failed(self, uid: int, generation: int, error: OSError) -> StorageError:
         wal = self._wal
@@ -728,7 +754,7 @@ class ShardStore:
             if uid in self._tombstones and self._tombstones[uid][1] <= last:
                 stone = self._tombstones[uid][0]
                 self._tombstones[uid] = (stone, wal.next_batch)
-                self._add(uid, pack_life(TOMBSTONE, uid, stone.term, stone.vote, stone.life), 0)
+                self._add(uid, pack_life(TOMBSTONE, uid, stone.term, stone.vote, stone.life, stone.facts), 0)
                 yield 100
         for key, (value, batch) in list(self._notes.items()):
             if batch <= last:

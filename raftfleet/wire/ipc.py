@@ -37,6 +37,7 @@ from raftfleet import errors
 from raftfleet.core.codes import ALREADY_ADDED as ALREADY_ADDED
 from raftfleet.core.codes import BAD_REQUEST as BAD_REQUEST
 from raftfleet.core.codes import COMMAND_FAILED as COMMAND_FAILED
+from raftfleet.core.codes import DISK_FULL as DISK_FULL
 from raftfleet.core.codes import GROUP_CHANGED as GROUP_CHANGED
 from raftfleet.core.codes import GROUP_NOT_FOUND as GROUP_NOT_FOUND
 from raftfleet.core.codes import NO_ACTIVE_NODE as NO_ACTIVE_NODE
@@ -92,6 +93,7 @@ EXCEPTIONS: dict[int, type[errors.RaftFleetError]] = {
     NOT_ACTIVE: errors.NotActive,
     REFUSED: errors.Refused,
     UNANSWERED: errors.Unanswered,
+    DISK_FULL: errors.DiskFull,
     OUTCOME_UNKNOWN: errors.OutcomeUnknown,
     SESSION_EXPIRED: errors.SessionExpired,
     GROUP_CHANGED: errors.OutcomeUnknown,

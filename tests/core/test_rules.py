@@ -1,6 +1,7 @@
 """One test or more for each rule of DESIGN section 5 that applies in memory; each is named after its rule.
 
-Rules 5, 9 and 14 speak of disks; 6 holds in memory trivially (nothing is saved later than it is decided).
+Rules 5, 9 and 14 speak of disks: :mod:`core.test_durable_rules`. 6 holds in memory trivially (nothing is saved later
+than it is decided).
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Driver:
         made = ModelGroup(f"g{uid}", config, voters, life)
         if old is not None:
             made.term, made.vote, made.base, made.entries = old.term, old.vote, old.base, old.entries
+            made.voters = old.voters  # of the first record
         self.now.groups[uid] = made
         self.now.tombstones.pop(uid, None)
         store.save_group(uid, f"g{uid}", config, voters, life)

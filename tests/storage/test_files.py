@@ -27,7 +27,6 @@ from raftfleet.storage.base import (
     StorageTooNew,
 )
 from raftfleet.storage.files import OsFiles
-from raftfleet.storage.memory import MemoryStorage
 from raftfleet.storage.records import SegmentHeader, node_hash, pack_header
 from raftfleet.storage.store import ShardStore
 
@@ -286,12 +285,3 @@ def test_a_removed_groups_last_snapshot_lies_in_the_archive(tmp_path: Path) -> N
 def test_no_directory_at_all_raises_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         open_store(tmp_path / "not" / "there")
-
-
-def test_memory_storage_does_nothing() -> None:
-    storage = MemoryStorage()
-    storage.save_group(1, "g", {}, None, 0)
-    storage.append(1, 1, [Entry(1, 1, b"x")])
-    storage.sync()
-    assert not storage.work()
-    assert not storage.is_dirty
