@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raftfleet.core import own_log, roles
-from raftfleet.core.membership import Membership
 from raftfleet.core.messages import (
     CONFIG,
     FORCE_CONFIG,
@@ -131,16 +130,20 @@ def on_force_config(member: Member, sender: int, m: ForceConfig) -> None:
     member.vote = member.id
     member.shard.save_vote(member)
     lives = {i: life for i, life in member.membership.lives.items() if i in m.voters or i not in gone}
+    node_of = member.shard.node_of
     audit = {
         "what": "majority lost; went on with the survivors",
-        "dead": list(m.dead),
-        "voters": list(m.voters),
-        "voters_before": list(member.membership.voters),
+        "epoch": m.term >> EPOCH_SHIFT,
         "wall_us": member.shard.wall_us,
+        "dead": list(m.dead),
+        "dead_nodes": sorted({node_of(instance) for instance in m.dead}),
+        "voters": list(m.voters),
+        "voter_nodes": sorted({node_of(instance) for instance in m.voters}),
+        "voters_before": list(member.membership.voters),
+        "went_on_from": [member.log.last_term, member.log.last_index],
         "by": sender,
     }
-    learners = tuple(i for i in lives if i not in m.voters)
-    forced = Membership(tuple(sorted(m.voters)), learners, lives, audit)
+    forced = member.membership.forced(tuple(m.voters), lives, audit)
     index = member.log.append(Entry(member.term, CONFIG, forced.pack()))
     member.shard.save_entries(member, index)
     own_log.take_membership(member, index, member.log.entry(index).data)

@@ -108,7 +108,11 @@ class CallLayer(ChangingLayer):
         for uid, member in self.shard.members.items():
             role = "leader" if member.lead is not None else ("learner" if member.is_learner else member.role)
             rows.append(
-                [member.name, uid, role, member.leader, member.term, member.last_index, member.commit, member.applied]
+                [
+                    *(member.name, uid, role, member.leader, member.term),
+                    *(member.last_index, member.commit, member.applied),
+                    *(self.instance, list(member.voters), list(member.learners)),
+                ]
             )
         answer(OK, rows)
 

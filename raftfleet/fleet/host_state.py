@@ -191,7 +191,9 @@ class HostState(ABC):
 
     def _node_of(self, instance: int) -> str:
         home = self.fleet.instance_home(instance)
-        return home[0] if home is not None else f"instance {instance:x}"
+        if home is not None:
+            return home[0]
+        return self.fleet.former.get(instance) or f"instance {instance:x}"
 
     def _name(self, uid: int) -> str:
         member = self.shard.members.get(uid)

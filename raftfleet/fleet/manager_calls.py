@@ -17,10 +17,10 @@ from typing import Any
 from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, REFUSED, UNANSWERED
 from raftfleet.core.names import shard_of
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer, Reply, StopNode
-from raftfleet.fleet.manager_removal import ManagerRemoval
+from raftfleet.fleet.manager_repair import ManagerRepair
 
 
-class ManagerCalls(ManagerRemoval):
+class ManagerCalls(ManagerRepair):
     """The methods of the control socket."""
 
     def call(self, now_us: int, token: object, method: str, args: dict[str, Any], timeout_us: int) -> None:
@@ -282,6 +282,8 @@ _CALLS: dict[str, Callable[..., None]] = {
     "unreachable_nodes": ManagerCalls._call_unreachable,
     "leaderless_groups": ManagerCalls._call_leaderless,
     "remove_dead_node": ManagerCalls._call_remove_dead_node,
+    "repair_plan": ManagerCalls._call_repair_plan,
+    "repair": ManagerCalls._call_repair,
     "status": ManagerCalls._call_status,
     "stop": ManagerCalls._call_stop,
 }

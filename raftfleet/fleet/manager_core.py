@@ -20,6 +20,7 @@ The parts, each a class on top of the one before it, with its rules at the head 
     manager_membership   this node's entry in the fleet's state: join, instances, zone, deactivation
     manager_rpc          calls between managers
     manager_removal      the operator's word, the purge, abandoning
+    manager_repair       what a lost majority costs to repair, and the repair
     manager_calls        calls of clients and the command line
     manager_core         this file: what goes in, what comes out, what a tick does and in which order
 

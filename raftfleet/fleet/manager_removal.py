@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from raftfleet.core.codes import NOT_ACTIVE, OK, REFUSED
+from raftfleet.core.manager_messages import NodeRecord
 from raftfleet.core.names import FLEET_GROUP
-from raftfleet.fleet.machine import FleetState
+from raftfleet.fleet.machine import FleetState, Node
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_rpc import ManagerRpcs
 from raftfleet.fleet.manager_state import ignore_answer
@@ -117,15 +118,18 @@ class ManagerRemoval(ManagerRpcs):
             answer(REFUSED, f"the fleet has no node {name!r:.100}")
             return
         node = nodes[0]
-        seen = self._seen.get((node.host, node.port))
-        lately_us = 3 * self._ping_interval_us()
-        is_seen = seen is not None and self._now_us - seen[2] < lately_us and seen[0].instances == tuple(node.instances)
-        if is_seen or name == self.settings.name:
+        if self._answers(node) or name == self.settings.name:
             self._declare_former_lost(name, timeout_us, answer)
             return
         instances = list(node.instances)
         self._log("warning", f"the operator declared node {name} dead: instances {instances}")
         self._gather(SECOND, lambda rows: self._begin_removal(name, instances, rows, timeout_us, answer))
+
+    def _answers(self, node: Node | NodeRecord) -> bool:
+        """Whether that node answered lately, with the instances that the fleet knows."""
+        seen = self._seen.get((node.host, node.port))
+        lately_us = 3 * self._ping_interval_us()
+        return seen is not None and self._now_us - seen[2] < lately_us and seen[0].instances == tuple(node.instances)
 
     def _begin_removal(
         self, name: str, instances: list[int], rows: dict[str, Any], timeout_us: int, answer: Answer
@@ -204,7 +208,16 @@ class ManagerRemoval(ManagerRpcs):
                     f"; of {', '.join(empty)} no reachable node has a member: unless a node that has one comes back, "
                     "its state is lost, and it can only be removed and added again"
                 )
-            answer(OK, {"recovered": sorted(before - waiting), "waiting": sorted(waiting), "message": text})
+            recovered = before - waiting
+            answer(
+                OK,
+                {
+                    "recovered": sorted(recovered),
+                    "waiting": sorted(waiting),
+                    "terms": {name: term for name, term in _led_terms(now).items() if name in recovered},
+                    "message": text,
+                },
+            )
 
         check()
 
@@ -244,3 +257,8 @@ class ManagerRemoval(ManagerRpcs):
                 if group.uid not in said:
                     result[group.name] = {}
         return result
+
+
+def _led_terms(rows: dict[str, list[list[Any]]]) -> dict[str, int]:
+    """Group -> the term of its leader, for those whose leader reported."""
+    return {row[0]: row[4] for its_rows in rows.values() for row in its_rows if row[2] == "leader"}

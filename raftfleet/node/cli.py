@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,13 @@ import click
 
 from raftfleet.errors import ConfigError, OutcomeUnknown, RaftFleetError
 from raftfleet.node import cli_output
+from raftfleet.node.cli_common import EXIT_FAILED, EXIT_USAGE, connected, node_command, timeout_option
+from raftfleet.node.cli_repair import audit, repair
 from raftfleet.node.cli_start import start
 from raftfleet.node.cli_wal import wal
 
 if TYPE_CHECKING:
-    from raftfleet.client.sync import Fleet
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
+    pass
 
 STOP_DEADLINE_S = 60.0
 """A drain hands over every leadership first; a node kills its own children five seconds after they were told to end."""
@@ -75,62 +74,21 @@ def main() -> None:
 
 main.add_command(start)
 main.add_command(wal)
+main.add_command(repair)
+main.add_command(audit)
 
 
 # -------------------------------------------------------------------- asking the local node
 
 
 def _node_command(*, as_json: bool = False) -> Callable[[Callable[..., None]], click.Command]:
-    """A command that asks the local node: takes ``--run-dir`` and, if it prints data, ``--json``."""
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-        if as_json:
-            function = click.option(
-                "--json", "as_json", is_flag=True, envvar="RAFTFLEET_JSON", show_envvar=True, help="Print JSON."
-            )(function)
-        function = click.option(
-            "--run-dir",
-            type=click.Path(file_okay=False, path_type=Path),
-            envvar="RAFTFLEET_RUN_DIR",
-            show_envvar=True,
-            help="Run directory of the node to ask. Default: that of this machine's only node.",
-        )(function)
-        name = function.__name__.removesuffix("_command").replace("_", "-")
-        return main.command(name)(function)
-
-    return decorate
-
-
-def _timeout_option(default: float) -> Callable[[Any], Any]:
-    return click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        default=default,
-        envvar="RAFTFLEET_TIMEOUT",
-        show_envvar=True,
-        metavar="SECONDS",
-        help="How long to wait for an answer.",
-    )
-
-
-@contextlib.contextmanager
-def _connect(run_dir: Path | None) -> Iterator[Fleet]:
-    """A client of the node. What it says of an argument that is of no use (ValueError, TypeError) is a usage error."""
-    import raftfleet
-
-    with raftfleet.connect(run_dir) as fleet:
-        try:
-            yield fleet
-        except (ValueError, TypeError) as error:
-            if os.environ.get("RAFTFLEET_DEBUG"):
-                raise
-            raise click.UsageError(str(error)) from error
+    return node_command(main, as_json=as_json)
 
 
 @_node_command(as_json=True)
 def status(run_dir: Path | None, as_json: bool) -> None:
     """Show this node: its state, the fleet it sees, its workers."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.call("status", {}, 5.0)
     cli_output.print_json(answer) if as_json else cli_output.print_status(answer)
 
@@ -138,7 +96,7 @@ def status(run_dir: Path | None, as_json: bool) -> None:
 @_node_command(as_json=True)
 def groups(run_dir: Path | None, as_json: bool) -> None:
     """List all consensus groups with their leaders and members."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.call("groups_detail", {}, 10.0)
     cli_output.print_json(answer) if as_json else cli_output.print_groups(answer)
 
@@ -146,7 +104,7 @@ def groups(run_dir: Path | None, as_json: bool) -> None:
 @_node_command(as_json=True)
 def nodes(run_dir: Path | None, as_json: bool) -> None:
     """List the active nodes by zone, and those that cannot be reached."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = {
             "nodes": fleet.call("active_nodes", {}, 5.0),
             "unreachable": fleet.call("unreachable_nodes", {}, 5.0),
@@ -158,7 +116,7 @@ def nodes(run_dir: Path | None, as_json: bool) -> None:
 @click.argument("group")
 def members(group: str, run_dir: Path | None, as_json: bool) -> None:
     """Show where GROUP's members are, where they should be, and why: the order of the nodes for it."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.call("members", {"name": group}, 5.0)
     cli_output.print_json(answer) if as_json else cli_output.print_members(answer)
 
@@ -166,7 +124,7 @@ def members(group: str, run_dir: Path | None, as_json: bool) -> None:
 @_node_command(as_json=True)
 def leaderless(run_dir: Path | None, as_json: bool) -> None:
     """List the groups without a leader, with what each reachable member says of them."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.call("leaderless_groups", {}, 10.0)
     cli_output.print_json(answer) if as_json else cli_output.print_leaderless(answer)
 
@@ -178,7 +136,7 @@ def leaderless(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--zone", required=True, envvar="RAFTFLEET_ZONE", show_envvar=True, help="Failure domain of this node.")
 def activate(zone: str, run_dir: Path | None) -> None:
     """Let this node take part in the fleet and host members."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         fleet.call("activate", {"zone": zone}, 30.0)
     cli_output.say(f"this node is active in zone {zone}")
 
@@ -193,7 +151,7 @@ def activate(zone: str, run_dir: Path | None) -> None:
 )
 def deactivate(wait: bool, run_dir: Path | None) -> None:
     """Take this node out of the fleet: its members move to other nodes."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         fleet.call("deactivate", {"wait": False}, 30.0)
         if wait:
             cli_output.show_draining(lambda: fleet.call("status", {}, 5.0))
@@ -210,7 +168,7 @@ def deactivate(wait: bool, run_dir: Path | None) -> None:
 )
 def stop(drain: bool, run_dir: Path | None) -> None:
     """Stop this machine's node and return when it is gone."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         node_dir = fleet.run_dir
         if drain:
             fleet.call("deactivate", {"wait": False}, 30.0)
@@ -243,7 +201,7 @@ def remove_dead_node(node: str, run_dir: Path | None) -> None:
 
     This is the operator's word, and nothing checks it: a node that still runs is shut out and must be restarted.
     """
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.call("remove_dead_node", {"node": node}, 60.0)
     cli_output.print_removed_node(node, answer)
 
@@ -279,7 +237,7 @@ def remove_dead_node(node: str, run_dir: Path | None) -> None:
     metavar="FIELD=JSON",
     help="Any other field of GroupConfig, such as election_timeout_s=2; repeatable.",
 )
-@_timeout_option(5.0)
+@timeout_option(5.0)
 def add_group(
     name: str,
     replicas: int,
@@ -298,7 +256,7 @@ def add_group(
         config = GroupConfig.from_dict(fields)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         fleet.add_consensus_group(name, replicas, config, timeout=timeout)
         leader = fleet.whereis_leader(name)
     cli_output.say(f"group {name} is there" + (f", led by node {leader.node}" if leader else ""))
@@ -315,7 +273,7 @@ def _parse_setting(setting: str) -> tuple[str, Any]:
 @click.argument("name")
 def remove_group(name: str, run_dir: Path | None) -> None:
     """Remove consensus group NAME and its state from all nodes."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         fleet.remove_consensus_group(name)
     cli_output.say(f"group {name} is removed")
 
@@ -323,7 +281,7 @@ def remove_group(name: str, run_dir: Path | None) -> None:
 @_node_command()
 @click.argument("name")
 @click.argument("json_argument", metavar="JSON")
-@_timeout_option(0.5)
+@timeout_option(0.5)
 def command_command(name: str, json_argument: str, timeout: float, run_dir: Path | None) -> None:
     """Send a command to group NAME and print its result as JSON.
 
@@ -333,7 +291,7 @@ def command_command(name: str, json_argument: str, timeout: float, run_dir: Path
         raftfleet-node command counter '["set", 5]'
     """
     argument = _parse_json(json_argument, "JSON")
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         result = fleet.command(name, argument, timeout=timeout)
     cli_output.print_json(result)
 
@@ -348,12 +306,12 @@ def command_command(name: str, json_argument: str, timeout: float, run_dir: Path
     show_envvar=True,
     help="Ask any member: works without a leader, and the answer may be old.",
 )
-@_timeout_option(0.5)
+@timeout_option(0.5)
 def query_command(name: str, json_argument: str, stale: bool, timeout: float, run_dir: Path | None) -> None:
     """Ask group NAME and print the answer as JSON. The argument is as for `command`."""
     argument = _parse_json(json_argument, "JSON")
     consistency = "stale" if stale else "linearizable"
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         answer = fleet.query(name, argument, consistency=consistency, timeout=timeout)
     cli_output.print_json(answer)
 
@@ -363,7 +321,7 @@ def query_command(name: str, json_argument: str, stale: bool, timeout: float, ru
 @click.argument("node")
 def transfer(name: str, node: str, run_dir: Path | None) -> None:
     """Make the member on NODE the leader of group NAME."""
-    with _connect(run_dir) as fleet:
+    with connected(run_dir) as fleet:
         fleet.replace_leader(name, node)
     cli_output.say(f"group {name} is led by node {node}")
 

@@ -95,12 +95,12 @@ def json_ready(value: Any) -> Any:
 # -------------------------------------------------------------------- tables
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout: columns parted by two spaces, as ``awk`` and people read them."""
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, err: bool = False) -> None:
+    """Print a table on stdout (``err``: on stderr): columns parted by two spaces, as ``awk`` and people read them."""
     texts = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(head))]
     for row in texts:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), err=err)
 
 
 def print_status(status: Mapping[str, Any]) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 
 import click
 
+from raftfleet.node.cli_common import EXIT_FAILED
 from raftfleet.node.cli_output import json_ready, print_table, say, term_text
-
-EXIT_FAILED = 1
 
 
 @click.group()

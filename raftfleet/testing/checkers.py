@@ -171,7 +171,7 @@ class ClusterChecker:
         """Quorums of neighbouring configurations overlap: one voter comes or goes at a time."""
         membership = Membership.unpack(entry.data, index)
         self.config_count += 1
-        if table.configs and membership.audit is None and None not in table.committed[table.configs[-1][0] :]:
+        if table.configs and not membership.is_forced_at(index) and None not in table.committed[table.configs[-1][0] :]:
             before = table.configs[-1][1]
             changed = set(before.voters) ^ set(membership.voters)
             if len(changed) > 1:

@@ -22,7 +22,7 @@ from core.harness import (
 )
 
 from raftfleet.core.change import ConfigChangeRefused
-from raftfleet.core.membership import Membership
+from raftfleet.core.membership import AUDIT_RECORDS_MAX, Membership
 from raftfleet.core.messages import (
     APPEND_ANSWER,
     BEAT,
@@ -832,8 +832,42 @@ def test_rule_15_an_operator_brings_a_group_back_in_a_new_epoch_with_an_audit_re
     assert member.term >> 32 == 1
     assert set(member.voters) == set(cluster.shards)
     assert any(event[1] == "recovered" for event in cluster.events)
+    (record,) = member.membership.audit
+    assert record["dead"] == sorted(dead)
+    assert record["voters"] == sorted(cluster.shards)
+    assert record["voters_before"] == [1, 2, 3, 4, 5]
+    assert record["epoch"] == 1
+    assert record["index"] == member.committed_membership()[0]
     assert cluster.command("after") == 2
     assert cluster.state(leader) == ["kept", "after"]
+
+
+def test_rule_15_the_audit_record_outlives_later_configurations_and_snapshots() -> None:
+    cluster, _, dead = _lose_majority()
+    for shard in cluster.shards.values():
+        shard.gone.update(dict.fromkeys(dead, "operator"))
+    cluster.run_for(10)
+    leader = cluster.leader()
+    member = cluster.member(leader)
+    other = next(instance for instance in cluster.shards if instance != leader)
+    before = list(member.membership.audit)
+    member.remove(other)
+    cluster.run_for(1)
+    assert member.voters == (leader,)
+    assert member.membership.audit == before
+    assert not member.membership.is_forced_at(member.committed_membership()[0]), "only the repair itself was forced"
+    _, _, data = member.make_snapshot()
+    _, at, packed, *_ = msgpack.unpackb(data, strict_map_key=False)
+    assert Membership.unpack(packed, at).audit == before
+
+
+def test_rule_15_a_group_remembers_its_last_repairs_and_not_without_bound() -> None:
+    membership = Membership.first((1, 2, 3))
+    for index in range(1, 2 * AUDIT_RECORDS_MAX):
+        membership = Membership.unpack(membership.forced((1,), {1: 0}, {"epoch": index}).pack(), index)
+    assert [record["epoch"] for record in membership.audit] == [record["index"] for record in membership.audit]
+    assert len(membership.audit) == AUDIT_RECORDS_MAX
+    assert membership.audit[-1]["epoch"] == 2 * AUDIT_RECORDS_MAX - 1
 
 
 def test_rule_15_the_survivor_with_the_most_complete_log_goes_on() -> None:

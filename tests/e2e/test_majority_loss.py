@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from e2e.load import JUST_AN_INT
+from e2e.test_cli import run
 
 from raftfleet import errors
+from raftfleet.client.sync import Fleet
 from raftfleet.testing import LocalFleet
 
 ZONES = {f"n{number}": f"z{number}" for number in range(1, 6)}
@@ -21,15 +25,23 @@ def survivors(fleet: LocalFleet) -> LocalFleet:
         client.add_consensus_group(name, 5, JUST_AN_INT)
         client.command(name, ["set", 10 * number])
     fleet.wait_settled()
+    # Three of five are enough to acknowledge a command, and they may be the three that are about to die.
+    for name in GROUPS:
+        fleet.wait_until(lambda name=name: all_have_everything(client, name), 60.0, f"all members of {name} to have it")
     for name in ("n3", "n4", "n5"):
         fleet.kill_node(name)
     return fleet
 
 
+def all_have_everything(client: Fleet, name: str) -> bool:
+    status = client.status(name)
+    return all(member["match"] == status["last_index"] for member in status["members"])
+
+
 def test_groups_that_lost_their_majority_are_named_with_what_is_known(survivors: LocalFleet) -> None:
     client = survivors.connect("n1")
     leaderless = survivors.wait_until(
-        lambda: len(seen := client.leaderless_groups()) >= len(GROUPS) and seen, 20.0, "all groups to be leaderless"
+        lambda: len(seen := client.leaderless_groups()) >= len(GROUPS) and seen, 60.0, "all groups to be leaderless"
     )
     assert set(GROUPS) <= set(leaderless)
     for name in GROUPS:
@@ -63,3 +75,48 @@ def test_the_operators_word_brings_every_group_back_and_the_dead_return_as_new(s
     back = survivors.connect("n3")
     for number, name in enumerate(GROUPS):
         assert back.query(name, "get") == 10 * number + 1
+
+
+def test_repair_shows_what_is_left_asks_first_and_brings_every_group_back(survivors: LocalFleet) -> None:
+    client = survivors.connect("n1")
+    survivors.wait_until(lambda: set(client.unreachable_nodes()) == {"n3", "n4", "n5"}, 60.0, "the dead to be noticed")
+    survivors.wait_until(
+        lambda: set(survivors.call("n1", "repair_plan")["dead"]) == {"n3", "n4", "n5"}, 60.0, "the losses to be known"
+    )
+    run_dir = survivors.nodes["n1"].run_dir
+    shown = run("repair", "--dry-run", run_dir=run_dir)
+    assert (shown.returncode, shown.stdout) == (0, "")
+    for text in ("group0: has lost its majority", "node n4, silent since", "nothing was done"):
+        assert text in shown.stderr
+    refused = run("repair", run_dir=run_dir)  # no terminal, no --yes: nobody said yes
+    assert refused.returncode == 1
+    assert set(survivors.call("n1", "repair_plan")["dead"]) == {"n3", "n4", "n5"}
+
+    done = run("repair", "--yes", "--json", run_dir=run_dir, deadline_s=120.0)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer["plan"]["dead"]) == {"n3", "n4", "n5"}
+    for name in GROUPS:
+        group = next(group for group in answer["plan"]["groups"] if group["name"] == name)
+        assert group["verdict"] == "repairable"
+        assert {m["node"] for m in group["members"] if m["state"] == "answers"} == {"n1", "n2"}
+        assert all(m["last_index"] >= 2 for m in group["members"] if m["state"] == "answers")
+    assert set(GROUPS) <= set(answer["done"]["recovered"])
+    for number, name in enumerate(GROUPS):
+        assert client.query(name, "get", retry=20) == 10 * number
+        (record,) = json.loads(run("audit", name, "--json", run_dir=run_dir).stdout)
+        assert record["dead_nodes"] == ["n3", "n4", "n5"]
+        assert record["voter_nodes"] == ["n1", "n2"]
+        assert record["epoch"] >= 1
+    assert "GAVE UP" in run("audit", "group0", run_dir=run_dir).stdout
+    assert len(json.loads(run("audit", "$fleet", "--json", run_dir=run_dir).stdout)) == 1
+    again = run("repair", run_dir=run_dir)
+    assert again.returncode == 0
+    assert "every group has a leader" in again.stderr
+
+    survivors.restart_node("n3")  # one that was given up comes back as a new one
+    survivors.wait_active(3, deadline_s=60.0)
+    survivors.wait_settled(of="n1", deadline_s=60.0)
+    back = survivors.connect("n3")
+    for number, name in enumerate(GROUPS):
+        assert back.query(name, "get", retry=20) == 10 * number
