@@ -62,15 +62,20 @@ def test_the_demo_verifies_its_claims_within_a_minute() -> None:
     assert took_s < 60.0, f"the demo took {took_s:.0f} s"
 
 
-def test_the_benchmark_prints_a_table_and_writes_json(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
+def test_the_benchmark_suite_measures_every_part_and_leaves_its_files(tmp_path: Path) -> None:
     done = run(
-        sys.executable, str(ROOT / "benchmarks" / "commands.py"), "--seconds", "0.2", "--json", str(result),
-        deadline_s=120.0,
+        sys.executable, str(ROOT / "benchmarks"), "--quick", "--systems", "echo,raftfleet", "--out", str(tmp_path),
+        deadline_s=280.0,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 4 + 2 + 8 + 4, "head, echo, synchronous, one group here and elsewhere, sixty groups"
-    measured = json.loads(result.read_text())
-    assert {row["in_flight"] for row in measured["rows"]} == {1, 16, 64, 256}
-    assert all(row["commands"] > 0 and row["cpu_us"]["client"] >= 0 for row in measured["rows"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads((tmp_path / "result.json").read_text())
+    assert {row["system"] for row in measured["rows"]} == {"echo", "raftfleet"}
+    assert {row["workload"].split("/")[0] for row in measured["rows"]} == {"command", "query", "lease", "stale"}
+    assert all(row["count"] > 0 and row["cpu_us"]["client"] >= 0 for row in measured["rows"])
+    assert [row["groups"] for row in measured["idle"]] == [10, 100]
+    assert measured["tail"]["count"] > 0 and measured["leader_table"]["us"] > 0
+    assert any(row["what"].startswith("failover") for row in measured["life_cycle"])
+    page = (tmp_path / "result.md").read_text()
+    for section in ("Goals", "Commands and queries", "Idle groups", "Life cycle", "Tail"):
+        assert f"## {section}" in page
+    assert done.stdout.strip() == page.strip()
