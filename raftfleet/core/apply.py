@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from raftfleet.core.member import Member
     from raftfleet.core.membership import Membership
     from raftfleet.core.messages import Entry
-    from raftfleet.core.sessions import Sessions
 
 LOG_BYTES_KEPT_MAX = 32 << 20
+
+_unpack = msgpack.unpackb
 
 
 def apply_committed(member: Member) -> None:
@@ -62,8 +63,7 @@ def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] 
     time_us, commands = session_rules.unpack_batch(entry.data)
     if time_us > member.last_time_us:
         member.last_time_us = time_us
-    table = member.session_table
-    table.expire(time_us)
+    member.session_table.expire(time_us)
     context = member.machine.context
     context.uid = member.uid
     context.index = index
@@ -71,38 +71,85 @@ def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] 
     context.time_us = time_us
     context.version = member.active_version
     shard = member.shard
+    context.position = 0
+    leading = tokens is not None
     with shard.user_code(member):
-        for position, command in enumerate(commands):
-            context.position = position
-            outcome = _apply_command(member, table, command, time_us, tokens is not None)
+        for number, command in enumerate(commands):
+            code, body = _apply_item(member, command, time_us, leading)
             if tokens is not None:
-                code, body = outcome
-                shard.reply(tokens[position], code, body if code == OK else failure_body(code, body))
+                shard.reply(tokens[number], code, body)
     shard.on_applied(member, index, time_us, commands)
 
 
-def _apply_command(member: Member, table: Sessions, command: bytes, time_us: int, leading: bool) -> tuple[int, Any]:
+def _apply_item(member: Member, command: bytes, time_us: int, leading: bool) -> tuple[int, Any]:
+    """Apply a command or a run; returns what its sender is told: for a run OK, and the list of what came of each."""
     try:
         client_id, seq, acked, issued_us, arg = session_rules.parse_command(command)
     except ValueError as error:
+        member.machine.context.position += 1
         return BAD_REQUEST, str(error)
-    admitted = table.admit(client_id, seq, acked, issued_us, time_us)
-    if type(admitted) is not Session:
-        return admitted  # type: ignore[return-value]
-    before = member.state
-    try:
-        value = msgpack.unpackb(arg, raw=False, strict_map_key=False)
-        result, after = member.machine.command(before, value)
-        packed = pack_result(result)
-    except BaseException as error:  # SystemExit too: a user's code ends its command, never the worker
-        outcome = (COMMAND_FAILED, msgpack.packb(describe(error)))
+    table = member.session_table
+    if isinstance(arg, bytes):
+        outcome = _apply_one(member, table.admit(client_id, seq, acked, issued_us, time_us), seq, arg, leading)
+        return (OK, outcome) if isinstance(outcome, bytes) else _told(outcome)
+    session = table.admit_run(client_id, seq, len(arg), acked, issued_us, time_us)
+    if session is not None:
+        outcomes = _run(member, session, seq, arg, leading)
     else:
-        member.state = after
-        outcome = (OK, packed)
-        if leading and member.hook is not None:
-            call_hook(member, "on_command_committed", before, value, result, after)
-    admitted.results[seq] = outcome
-    return outcome
+        outcomes = [
+            _apply_one(member, table.admit(client_id, one, acked, issued_us, time_us), one, data, leading)
+            for one, data in enumerate(arg, seq)
+        ]
+    if not leading or set(map(type, outcomes)) == {bytes}:
+        return OK, outcomes
+    return OK, [outcome if isinstance(outcome, bytes) else list(_told(outcome)) for outcome in outcomes]
+
+
+def _apply_one(
+    member: Member, admitted: Session | tuple[int, bytes], seq: int, arg: bytes, leading: bool
+) -> bytes | tuple[int, Any]:
+    """Run one command if it is to run; returns its packed result, or the code and body of what it got instead."""
+    if isinstance(admitted, Session):
+        return _run(member, admitted, seq, [arg], leading)[0]
+    member.machine.context.position += 1
+    code, body = admitted
+    return body if code == OK else (code, body)
+
+
+def _run(
+    member: Member, session: Session, first: int, args: list[bytes], leading: bool
+) -> list[bytes | tuple[int, Any]]:
+    """Run commands that were admitted, from seq ``first`` on. This is the inner loop of everything."""
+    command = member.machine.command
+    context = member.machine.context
+    results = session.results
+    hook = member.hook if leading else None
+    outcomes: list[bytes | tuple[int, Any]] = []
+    seq = first
+    for arg in args:
+        before = member.state
+        outcome: bytes | tuple[int, Any]
+        try:
+            value = _unpack(arg, raw=False, strict_map_key=False)
+            result, after = command(before, value)
+            outcome = pack_result(result)
+        except BaseException as error:  # SystemExit too: a user's code ends its command, never the worker
+            outcome = (COMMAND_FAILED, msgpack.packb(describe(error)))
+        else:
+            member.state = after
+            if hook is not None:
+                call_hook(member, "on_command_committed", before, value, result, after)
+        results[seq] = outcome
+        outcomes.append(outcome)
+        seq += 1
+        context.position += 1
+    return outcomes
+
+
+def _told(outcome: tuple[int, Any]) -> tuple[int, Any]:
+    """A code other than OK as the client hears it; stored bodies are packed."""
+    code, body = outcome
+    return code, failure_body(code, body)
 
 
 def _apply_config(member: Member, index: int) -> None:

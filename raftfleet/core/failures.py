@@ -17,6 +17,8 @@ RESULT_BYTES_MAX = 8 << 20
 """Largest packed result of a command or query: half of what a frame to a client may have, and every replica keeps the
 results of commands until the client has acknowledged them."""
 
+_pack = msgpack.Packer(use_bin_type=True).pack
+
 
 class ResultTooLarge(Exception):
     """What user code returned is larger than :data:`RESULT_BYTES_MAX`."""
@@ -29,7 +31,7 @@ def pack_result(result: Any) -> bytes:
         ResultTooLarge: equal on every replica, so that a command with such a result changes no state anywhere.
         Exception: msgpack cannot carry it.
     """
-    packed: bytes = msgpack.packb(result, use_bin_type=True)
+    packed: bytes = _pack(result)
     if len(packed) > RESULT_BYTES_MAX:
         raise ResultTooLarge(f"the result has {len(packed)} bytes; a result has at most {RESULT_BYTES_MAX}")
     return packed

@@ -46,13 +46,17 @@ class Leaders(NamedTuple):
 
 
 class ForwardRequest(NamedTuple):
-    """One client's request on its way to the leader's shard. ``consistency``: 0 linearizable, 1 stale."""
+    """One client's request on its way to the leader's shard. ``consistency``: 0 linearizable, 1 stale.
+
+    ``count`` is above 0 where ``body`` is a run of so many commands, or a packed list of so many queries' arguments.
+    """
 
     request_id: int
     op: int
     uid: int
     timeout_ms: int
     consistency: int
+    count: int  # type: ignore[assignment]
     body: bytes
 
 
@@ -64,7 +68,10 @@ class Forward(NamedTuple):
 
 
 class ForwardReply(NamedTuple):
-    """``code`` and ``body`` as in the client protocol, or one that only hosts say (:mod:`raftfleet.core.codes`)."""
+    """``code`` and ``body`` as in the client protocol, or one that only hosts say (:mod:`raftfleet.core.codes`).
+
+    A run may be answered in parts: OK with ``[offset, left, results]``, the last of them with ``left`` 0.
+    """
 
     request_id: int
     code: int

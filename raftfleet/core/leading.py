@@ -39,10 +39,10 @@ class Leading:
         self.elected_us = elected_us
         self.config_index = 0  # of a CONFIG entry that is not committed yet
         self.version_asked = 0  # of the newest VERSION entry appended here
-        self.batch: list[tuple[bytes, object]] = []  # (command, token) not in the log yet
+        self.batch: list[tuple[bytes, object]] = []  # (command or run, token) not in the log yet
         self.batch_bytes = 0
-        self.pending: dict[int, list[object]] = {}  # index -> tokens of its commands
-        self.reads: list[tuple[int, int, object, bytes]] = []  # (stamp, read index, token, arg)
+        self.pending: dict[int, list[object]] = {}  # index -> tokens of its commands and runs
+        self.reads: list[tuple[int, int, object, bytes | list[bytes]]] = []  # (stamp, read index, token, arg or args)
         self.transfer_target = 0
         self.transfer_deadline_us = 0
         self.lease_void = False

@@ -25,9 +25,11 @@ from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
 if TYPE_CHECKING:
     from raftfleet.core.member import Member
 
+_unpack = msgpack.unpackb
 
-def read(member: Member, arg: bytes, token: object) -> None:
-    """A linearizable query: answered when a quorum has confirmed a message sent after now (thesis 6.4)."""
+
+def read(member: Member, arg: bytes | list[bytes], token: object) -> None:
+    """A linearizable query, or a run: answered when a quorum has confirmed a message sent after now (thesis 6.4)."""
     lead = member.lead
     shard = member.shard
     if lead is None:
@@ -96,10 +98,17 @@ def answer_reads(member: Member) -> bool:
     return bool(reads)
 
 
-def evaluate(member: Member, arg: bytes, *, hooked: bool = False) -> tuple[int, Any]:
-    """Run the user's query on the present state."""
+def evaluate(member: Member, arg: bytes | list[bytes], *, hooked: bool = False) -> tuple[int, Any]:
+    """Run the user's query on the present state; of a run, all of them: OK, and the list of what came of each."""
+    if isinstance(arg, list):
+        rows = [_evaluate(member, one, hooked) for one in arg]
+        return OK, [body if code == OK else [code, body] for code, body in rows]
+    return _evaluate(member, arg, hooked)
+
+
+def _evaluate(member: Member, arg: bytes, hooked: bool) -> tuple[int, Any]:
     try:
-        value = msgpack.unpackb(arg, raw=False, strict_map_key=False)
+        value = _unpack(arg, raw=False, strict_map_key=False)
         with member.shard.user_code(member):
             result = member.machine.query(member.state, value)
         packed = pack_result(result)

@@ -34,23 +34,25 @@ if TYPE_CHECKING:
 
 BATCH_COMMANDS_MAX = 4096
 BATCH_BYTES_MAX = 4 << 20
-"""One log entry holds at most this much; more goes into the next."""
+"""One log entry holds at most so many commands (or runs) and bytes; more goes into the next."""
 UNAPPLIED_ENTRIES_MAX = 4096
 """A leader appends no more while so many of its entries are not applied: the queue in front of it fills instead."""
 
 
 def propose(member: Member, command: bytes, token: object) -> None:
-    """Take a command. It enters the log at the next flush, with all others that came meanwhile."""
+    """Take a command, or a run. It enters the log at the next flush, with all others that came meanwhile."""
     lead = member.lead
     if lead is None:
         member.shard.reply(token, NOT_LEADER, (member.leader, member.term))
         return
-    refusal = session_rules.size_refusal(member.name, len(command), member.config.command_bytes_max)
-    if refusal is not None:
-        member.shard.reply(token, TOO_LARGE, refusal)
-        return
+    size_bytes = len(command)
+    if size_bytes > member.config.command_bytes_max:
+        refusal = session_rules.size_refusal(member.name, command, member.config.command_bytes_max)
+        if refusal is not None:
+            member.shard.reply(token, TOO_LARGE, refusal)
+            return
     lead.batch.append((command, token))
-    lead.batch_bytes += len(command)
+    lead.batch_bytes += size_bytes
     member.shard.set_dirty(member)
 
 

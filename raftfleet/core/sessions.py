@@ -8,6 +8,11 @@ user's argument, packed once by the client and unpacked only when it is applied.
 ``[time_us, [command: bin, ...]]``. ``seq`` counts from 1 for each client and group; ``acked`` says that all results up
 to it were received and may be forgotten.
 
+A **run** is many commands of one client as one command: ``arg`` is a list of arguments, ``seq`` that of the first, the
+others count on from there. It is nothing but a shorter way to say the same: every command of it has its own place in
+the session and its own result. A run that is new as a whole is admitted as a whole; of any other, each command is
+judged alone. (Measured: taking a command apart and admitting it cost as much as all the rest of applying it.)
+
 Why a second execution cannot happen: a command runs only if the entry's time is at most ``ttl / 2`` after ``issued_us``
 (and at most ``ttl / 2`` before it), and the session that remembers its first run lives for ``ttl`` after that run. The
 clocks of the client's machine and the leaders' may thus differ by almost ``ttl / 2``.
@@ -28,32 +33,46 @@ from raftfleet.core.codes import SESSION_EXPIRED as SESSION_EXPIRED
 RESULTS_PER_SESSION_MAX = 4096
 """More unacknowledged results than any client of ours keeps in flight (1024); a client that exceeds it is refused."""
 
+RUN_COMMANDS_MAX = 256
+"""A longer run is refused: so much work may come of one item of a batch."""
+
 NIL = b"\xc0"
 
+_pack = msgpack.Packer(use_bin_type=True).pack
+_unpack = msgpack.unpackb
 
 COMMAND_HEADER_BYTES_MAX = 64
 """What a command may have besides its argument: client id, three numbers, and msgpack's headers."""
 
 
-def size_refusal(group: str, size_bytes: int, limit: int) -> str | None:
-    """Why a packed command of that size is not taken, or None if it is.
+def size_refusal(group: str, command: bytes, limit: int) -> str | None:
+    """Why a packed command, or run, is not taken because of its size, or None if it is.
 
     Asked on the way in and never when a command is applied: the limit may change while commands are under way, and
     replicas must not differ over it.
     """
+    size_bytes = len(command)
     if size_bytes <= limit + COMMAND_HEADER_BYTES_MAX:
         return None
+    try:
+        arg = parse_command(command)[4]
+    except ValueError:
+        arg = command  # it is refused for that when it is applied; here only its size counts
+    if type(arg) is list:
+        size_bytes = max(map(len, arg))
+        if size_bytes <= limit:
+            return None
     return f"the argument has about {size_bytes} bytes; the limit of group {group} is command_bytes_max = {limit}"
 
 
-def parse_command(data: bytes) -> tuple[bytes, int, int, int, bytes]:
-    """Take a command's header apart: ``(client_id, seq, acked, issued_us, arg)``.
+def parse_command(data: bytes) -> tuple[bytes, int, int, int, bytes | list[bytes]]:
+    """Take a command's header apart: ``(client_id, seq, acked, issued_us, arg)``; of a run, ``arg`` is the list.
 
     Raises:
         ValueError: the bytes are not a command.
     """
     try:
-        client_id, seq, acked, issued_us, arg = msgpack.unpackb(data)
+        client_id, seq, acked, issued_us, arg = _unpack(data)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ValueError("a command is msgpack [client id, seq, acked, issued at, argument]") from error
     if (
@@ -62,34 +81,63 @@ def parse_command(data: bytes) -> tuple[bytes, int, int, int, bytes]:
         or type(seq) is not int
         or type(acked) is not int
         or type(issued_us) is not int
-        or type(arg) is not bytes
         or not 0 <= acked < seq < 1 << 63
         or not 0 <= issued_us < 1 << 63
     ):
         raise ValueError("a command's header has a wrong field")
+    if type(arg) is not bytes:
+        check_arguments(arg)
+        if (seq + len(arg)) >> 63:
+            raise ValueError("a run's last seq is out of range")
     return client_id, seq, acked, issued_us, arg
+
+
+def check_arguments(args: object) -> list[bytes]:
+    """Return the arguments of a run if that is what they are.
+
+    Raises:
+        ValueError: they are not, or too many.
+    """
+    if type(args) is not list or not 0 < len(args) <= RUN_COMMANDS_MAX or set(map(type, args)) != {bytes}:
+        raise ValueError(f"a run has 1 to {RUN_COMMANDS_MAX} packed arguments")
+    return args
 
 
 def pack_batch(time_us: int, commands: list[bytes]) -> bytes:
     """Data of a COMMANDS entry."""
-    return bytes(msgpack.packb((time_us, commands)))
+    packed: bytes = _pack((time_us, commands))
+    return packed
 
 
 def unpack_batch(data: bytes) -> tuple[int, list[bytes]]:
     """The inverse of :func:`pack_batch`."""
-    time_us, commands = msgpack.unpackb(data)
+    time_us, commands = _unpack(data)
     return time_us, commands
 
 
 class Session:
-    """One client's results above ``acked``: ``results[seq] = (code, packed body)``."""
+    """One client's results above ``acked``: ``results[seq]`` is the packed result, or ``(code, packed body)``.
+
+    Most are results, and bytes cost the garbage collector nothing.
+    """
 
     __slots__ = ("acked", "results", "used_us")
 
     def __init__(self) -> None:
         self.acked = 0
         self.used_us = 0
-        self.results: dict[int, tuple[int, bytes]] = {}
+        self.results: dict[int, bytes | tuple[int, bytes]] = {}
+
+    def acknowledge(self, acked: int) -> None:
+        """Forget the results up to ``acked``, which is higher than before."""
+        results = self.results
+        if len(results) <= acked - self.acked:
+            for old in [old for old in results if old <= acked]:
+                del results[old]
+        else:
+            for old in range(self.acked + 1, acked + 1):
+                results.pop(old, None)
+        self.acked = acked
 
 
 class Sessions:
@@ -126,7 +174,7 @@ class Sessions:
         else:
             stored = session.results.get(seq)
             if stored is not None:
-                return stored
+                return stored if type(stored) is tuple else (OK, stored)  # type: ignore[return-value]
             if seq <= session.acked or abs(time_us - issued_us) * 2 > self.ttl_us:
                 return SESSION_EXPIRED, NIL
             if len(session.results) >= RESULTS_PER_SESSION_MAX and acked <= session.acked:
@@ -134,20 +182,40 @@ class Sessions:
             self.by_client.move_to_end(client_id)
         session.used_us = time_us
         if acked > session.acked:
-            results = session.results
-            if len(results) <= acked - session.acked:
-                for old in [old for old in results if old <= acked]:
-                    del results[old]
-            else:
-                for old in range(session.acked + 1, acked + 1):
-                    results.pop(old, None)
-            session.acked = acked
+            session.acknowledge(acked)
+        return session
+
+    def admit_run(
+        self, client_id: bytes, first: int, count: int, acked: int, issued_us: int, time_us: int
+    ) -> Session | None:
+        """The session in which ``count`` commands from ``first`` on all run now: what :meth:`admit` would say of each.
+
+        None: not all of them; nothing was changed, ask for each.
+        """
+        session = self.by_client.get(client_id)
+        if (
+            session is None
+            or first <= session.acked
+            or abs(time_us - issued_us) * 2 > self.ttl_us
+            or len(session.results) + count > RESULTS_PER_SESSION_MAX
+            or not session.results.keys().isdisjoint(range(first, first + count))
+        ):
+            return None
+        self.by_client.move_to_end(client_id)
+        session.used_us = time_us
+        if acked > session.acked:
+            session.acknowledge(acked)
         return session
 
     def dump(self) -> list[Any]:
         """For a snapshot; oldest use first."""
         return [
-            [client_id, s.acked, s.used_us, [[seq, code, body] for seq, (code, body) in s.results.items()]]
+            [
+                client_id,
+                s.acked,
+                s.used_us,
+                [[seq, *stored] if type(stored) is tuple else [seq, OK, stored] for seq, stored in s.results.items()],
+            ]
             for client_id, s in self.by_client.items()
         ]
 
@@ -158,4 +226,4 @@ class Sessions:
             session = self.by_client[client_id] = Session()
             session.acked = acked
             session.used_us = used_us
-            session.results = {seq: (code, body) for seq, code, body in results}
+            session.results = {seq: body if code == OK else (code, body) for seq, code, body in results}

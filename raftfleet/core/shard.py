@@ -140,7 +140,7 @@ class Shard:
         self._saved_sends: dict[int, list[Any]] = {}
         self._replies: list[tuple[object, int, Any]] = []
         self._events: list[tuple[Any, ...]] = []
-        self._lease_offers: list[tuple[Member, int, object, bytes, int, Any]] = []
+        self._lease_offers: list[tuple[Member, int, object, bytes | list[bytes], int, Any]] = []
         self._want_beat: dict[int, bool] = {}
         self._timers: list[tuple[int, int]] = []
         self._next_beat_us = 0
@@ -474,15 +474,15 @@ class Shard:
     # ------------------------------------------------------------------ requests
 
     def propose(self, uid: int, command: bytes, token: object) -> None:
-        """A packed command for group ``uid``; answered once, with ``token``."""
+        """A packed command, or run, for group ``uid``; answered once, with ``token``."""
         member = self.members.get(uid)
         if member is None:
             self.reply(token, GONE_UID if self.is_dead(uid) else NOT_LEADER, (0, 0))
             return
         member.propose(command, token)
 
-    def query(self, uid: int, arg: bytes, token: object, *, stale: bool = False) -> None:
-        """A packed query. ``stale``: answered from this member as it is, whoever leads."""
+    def query(self, uid: int, arg: bytes | list[bytes], token: object, *, stale: bool = False) -> None:
+        """A packed query, or a run of them. ``stale``: answered from this member as it is, whoever leads."""
         member = self.members.get(uid)
         if member is None:
             self.reply(token, GONE_UID if self.is_dead(uid) else NOT_LEADER, (0, 0))
@@ -542,7 +542,7 @@ class Shard:
         self._leaving.append(member)
 
     def offer_lease_answer(
-        self, member: Member, until_us: int, token: object, arg: bytes, code: int, body: Any
+        self, member: Member, until_us: int, token: object, arg: bytes | list[bytes], code: int, body: Any
     ) -> None:
         """An answer under the lease, to be handed out by :meth:`settle`."""
         self._lease_offers.append((member, until_us, token, arg, code, body))

@@ -45,11 +45,12 @@ from raftfleet.core.host_messages import (
     Leaders,
 )
 from raftfleet.core.names import FLEET_UID
+from raftfleet.fleet.host_requests import is_run_part
 from raftfleet.fleet.host_restoring import RestoringLayer
 from raftfleet.fleet.host_state import RETRY_PARKED_US, HostSettings, Outputs
 from raftfleet.fleet.requests import FROM_CLIENT, Request
 
-COMMAND_OP, QUERY_OP, CALL_OP = 1, 2, 3
+COMMAND_OP, QUERY_OP, CALL_OP, COMMAND_RUN_OP, QUERY_RUN_OP = 1, 2, 3, 4, 5
 """Kinds of requests, as in :mod:`raftfleet.wire.ipc` (fleet imports core only)."""
 
 SWEEP_US = 10_000_000
@@ -65,7 +66,7 @@ Item = TypeVar("Item", ForwardRequest, ForwardReply)
 
 def in_parts(items: list[Item]) -> list[list[Item]]:
     """``items`` in runs whose bodies have at most MESSAGE_BYTES_MAX together (or a single larger one)."""
-    sizes = [len(item.body) if type(item.body) is bytes else 64 for item in items]
+    sizes = [_body_bytes(item.body) for item in items]
     if sum(sizes) <= MESSAGE_BYTES_MAX:
         return [items]
     parts: list[list[Item]] = []
@@ -77,6 +78,12 @@ def in_parts(items: list[Item]) -> list[list[Item]]:
             room = MESSAGE_BYTES_MAX - size_bytes
         parts[-1].append(item)
     return parts
+
+
+def _body_bytes(body: Any) -> int:
+    if type(body) is bytes:
+        return len(body)
+    return 64 + len(body[2]) if is_run_part(body) else 64
 
 
 class Host(RestoringLayer):
@@ -298,6 +305,23 @@ class Host(RestoringLayer):
             deadline_us = self.now_us + timeout_ms * 1000
             self._accept(
                 Request(FROM_CLIENT, connection, request_id, OP_QUERY, name, uid, deadline_us, consistency, body)
+            )
+        elif op == COMMAND_RUN_OP:
+            request_id, _, name, uid, timeout_ms, count, body = item
+            deadline_us = self.now_us + timeout_ms * 1000
+            self._accept(
+                Request(
+                    *(FROM_CLIENT, connection, request_id, OP_COMMAND, name, uid, deadline_us, 0, body), count=count
+                )
+            )
+        elif op == QUERY_RUN_OP:
+            request_id, _, name, uid, timeout_ms, consistency, count, body = item
+            deadline_us = self.now_us + timeout_ms * 1000
+            self._accept(
+                Request(
+                    *(FROM_CLIENT, connection, request_id, OP_QUERY, name, uid, deadline_us, consistency, body),
+                    count=count,
+                )
             )
         elif op == CALL_OP:
             request_id, _, method, args, timeout_ms = item

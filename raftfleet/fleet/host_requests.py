@@ -12,14 +12,57 @@ from __future__ import annotations
 
 from typing import Any
 
-from raftfleet.core.codes import DISK_FULL, NO_LEADER, NOT_ACTIVE, OUTCOME_UNKNOWN, OVERLOADED
+import msgpack
+
+from raftfleet.core.codes import DISK_FULL, NO_LEADER, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, OVERLOADED
 from raftfleet.core.host_messages import OP_COMMAND, ForwardReply
 from raftfleet.core.names import FLEET_GROUP
 from raftfleet.fleet.host_rpc import RpcLayer
 from raftfleet.fleet.requests import FROM_CLIENT, FROM_PEER, IN_A_LOG, Request
 
 OPEN_REQUESTS_MAX = 16_384
+"""Commands and queries: those of a run count each."""
 OPEN_BYTES_MAX = 64 << 20
+RUN_PART_BYTES_MAX = 1 << 20
+"""A part of a run's results has at most so many bytes, or is a single larger one."""
+
+_pack = msgpack.Packer(use_bin_type=True).pack
+
+
+def run_parts(outcomes: list[Any]) -> list[list[Any]]:
+    """The results of a run as bodies of answers ``[offset, left, results]``, of which ``left`` come after this part.
+
+    ``results`` is packed once and then only handed on: a list with a packed result (bin), or ``[code, body]``, of each.
+    """
+    sizes = list(map(len, outcomes))
+    if sum(sizes) <= RUN_PART_BYTES_MAX:
+        return [[0, 0, _pack(outcomes)]]
+    parts: list[list[Any]] = []
+    start, size_bytes = 0, 0
+    for position, one_bytes in enumerate(sizes):
+        if position > start and size_bytes + one_bytes > RUN_PART_BYTES_MAX:
+            parts.append([start, len(outcomes) - position, _pack(outcomes[start:position])])
+            start, size_bytes = position, 0
+        size_bytes += one_bytes
+    parts.append([start, 0, _pack(outcomes[start:])])
+    return parts
+
+
+def is_run_part(body: object) -> bool:
+    """Whether another host's answer to a run looks like a part of its results."""
+    return type(body) is list and len(body) == 3 and int is type(body[0]) is type(body[1]) and type(body[2]) is bytes
+
+
+def in_doubt(outcomes: list[Any]) -> list[Any]:
+    """Results of a run of which an earlier try was in a log: none of them may say that it was not applied."""
+    return [
+        list(_unknown(one[1])) if type(one) is list and NO_LEADER <= one[0] <= DISK_FULL else one for one in outcomes
+    ]
+
+
+def _unknown(body: Any) -> tuple[int, str]:
+    # What became of the last try is known, but an earlier one was in a log.
+    return OUTCOME_UNKNOWN, f"it was in the log of a leader that was deposed; then: {body}"
 
 
 class OpenRequestLayer(RpcLayer):
@@ -34,28 +77,44 @@ class OpenRequestLayer(RpcLayer):
                 f"node {self.settings.node} is not in a fleet yet: see 'raftfleet-node status'",
             )
             return
-        if len(self._open) >= OPEN_REQUESTS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
+        if self._open_count + (request.count or 1) > OPEN_REQUESTS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
             self.count("overloaded")
             self._answer(
                 request,
                 OVERLOADED,
-                f"{len(self._open)} requests of {self._open_bytes} bytes are open in this worker (limits: "
+                f"{self._open_count} requests of {self._open_bytes} bytes are open in this worker (limits: "
                 f"{OPEN_REQUESTS_MAX} and {OPEN_BYTES_MAX}); start the node with more --workers, or offer less load",
             )
             return
-        self._open[request] = None
-        self._open_bytes += len(request.body)
+        self._take_in(request)
         self._route(request)
+
+    def _take_in(self, request: Request) -> None:
+        self._open[request] = None
+        self._open_count += request.count or 1
+        self._open_bytes += len(request.body)
+
+    def _finish_with(self, request: Request, code: int, body: Any) -> None:
+        """What a member here said: as :meth:`_finish_request`, but that the results of a run are a list."""
+        if not request.count or code != OK or request.done:
+            self._finish_request(request, code, body)
+            return
+        if request.maybe & IN_A_LOG:
+            body = in_doubt(body)
+        *parts, last = run_parts(body)
+        for part in parts:
+            self._answer(request, OK, part)
+        self._finish_request(request, OK, last)
 
     def _finish_request(self, request: Request, code: int, body: Any) -> None:
         if request.done:
             return
         request.done = True
         if request.maybe & IN_A_LOG and NO_LEADER <= code <= DISK_FULL and request.op == OP_COMMAND:
-            # What became of the last try is known, but an earlier one was in a log.
-            code, body = OUTCOME_UNKNOWN, f"it was in the log of a leader that was deposed; then: {body}"
+            code, body = _unknown(body)
         if request in self._open:
             del self._open[request]
+            self._open_count -= request.count or 1
             self._open_bytes -= len(request.body)
         if request.forward_id:
             self._forwarded.pop(request.forward_id, None)
@@ -102,7 +161,7 @@ class OpenRequestLayer(RpcLayer):
     def open_counts(self) -> dict[str, int]:
         """How much waits, by where: all zero in a worker from which nobody wants anything."""
         return {
-            "open": len(self._open),
+            "open": self._open_count,
             "open_bytes": self._open_bytes,
             "parked": sum(len(requests) for requests in self._parked.values()),
             "checking": sum(len(requests) for requests in self._checking.values()),

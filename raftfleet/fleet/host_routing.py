@@ -14,15 +14,20 @@ This is the hot path: a call or a lookup that is added to the way of a command c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raftfleet.core.codes import DROPPED, GONE_UID, NOT_LEADER, OVERLOADED, TOO_LARGE
+import msgpack
+
+from raftfleet.core.codes import BAD_REQUEST, DROPPED, GONE_UID, NOT_LEADER, OK, OUTCOME_UNKNOWN, OVERLOADED, TOO_LARGE
 from raftfleet.core.host_messages import OP_COMMAND, OP_QUERY, ForwardReply, ForwardRequest
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID
-from raftfleet.core.sessions import size_refusal
+from raftfleet.core.sessions import check_arguments, size_refusal
 from raftfleet.fleet.host_leaders import LeaderLayer
-from raftfleet.fleet.host_requests import OPEN_BYTES_MAX, OPEN_REQUESTS_MAX
+from raftfleet.fleet.host_requests import OPEN_BYTES_MAX, OPEN_REQUESTS_MAX, in_doubt, is_run_part
 from raftfleet.fleet.requests import FROM_PEER, IN_A_LOG, ON_ITS_WAY, Request
+
+if TYPE_CHECKING:
+    from raftfleet.core.member import Member
 
 
 class RoutingLayer(LeaderLayer):
@@ -45,10 +50,12 @@ class RoutingLayer(LeaderLayer):
                     return
                 request.uid = uid
             if request.op == OP_COMMAND:
-                refusal = size_refusal(name, len(request.body), group.config["command_bytes_max"])
-                if refusal is not None:
-                    self._finish_request(request, TOO_LARGE, refusal)
-                    return
+                limit = group.config["command_bytes_max"]
+                if len(request.body) > limit:
+                    refusal = size_refusal(name, request.body, limit)
+                    if refusal is not None:
+                        self._finish_request(request, TOO_LARGE, refusal)
+                        return
         member = self.shard.members.get(uid)
         if member is not None:
             if member.lead is not None:
@@ -57,11 +64,10 @@ class RoutingLayer(LeaderLayer):
                     member.propose(request.body, request)
                     return
                 if not request.consistency:
-                    request.maybe |= ON_ITS_WAY
-                    member.read(request.body, request)
+                    self._read(member, request)
                     return
             if request.consistency and request.op == OP_QUERY and member.applied:
-                self._finish_request(request, *member.evaluate(request.body))
+                self._evaluate(member, request)
                 return
         leader = 0
         if member is not None and member.leader != self.instance:
@@ -81,6 +87,25 @@ class RoutingLayer(LeaderLayer):
         else:
             self._parked.setdefault(uid, []).append(request)
 
+    def _read(self, member: Member, request: Request) -> None:
+        """A linearizable query, or a run of them, to the leader, which is here."""
+        try:
+            arg = _arguments(request)
+        except ValueError as error:
+            self._finish_request(request, BAD_REQUEST, str(error))
+            return
+        request.maybe |= ON_ITS_WAY
+        member.read(arg, request)
+
+    def _evaluate(self, member: Member, request: Request) -> None:
+        """A stale query, or a run of them, to the member that is here."""
+        try:
+            arg = _arguments(request)
+        except ValueError as error:
+            self._finish_request(request, BAD_REQUEST, str(error))
+            return
+        self._finish_with(request, *member.evaluate(arg))
+
     def _forward(self, request: Request, instance: int) -> None:
         request_id = self._next_id
         self._next_id += 1
@@ -88,7 +113,9 @@ class RoutingLayer(LeaderLayer):
         request.forward_id = request_id
         request.sent_to = instance
         timeout_ms = max(1, (request.deadline_us - self.now_us) // 1000)
-        item = ForwardRequest(request_id, request.op, request.uid, timeout_ms, request.consistency, request.body)
+        item = ForwardRequest(
+            request_id, request.op, request.uid, timeout_ms, request.consistency, request.count, request.body
+        )
         queue = self._forwards.get(instance)
         if queue is None:
             self._forwards[instance] = [item]
@@ -102,7 +129,7 @@ class RoutingLayer(LeaderLayer):
         # A request is taken once: should a network bring one again, later, it may find a leader where the first found
         # none, and the client was told by then that nothing happened. Ids of one sender rise.
         newest_id = self._newest_forward.get(sender, 0)
-        for request_id, op, uid, timeout_ms, consistency, body in requests:
+        for request_id, op, uid, timeout_ms, consistency, count, body in requests:
             if request_id <= newest_id:
                 self.count("forwards_repeated")
                 continue
@@ -113,30 +140,35 @@ class RoutingLayer(LeaderLayer):
                 self._answers.setdefault(sender, []).append(ForwardReply(request_id, *answer))
                 continue
             deadline_us = now_us + timeout_ms * 1000
-            request = Request(FROM_PEER, sender, request_id, op, member.name, uid, deadline_us, consistency, body)
+            request = Request(
+                *(FROM_PEER, sender, request_id, op, member.name, uid, deadline_us, consistency, body), count=count
+            )
             if member.lead is None:
                 if consistency and op == OP_QUERY and member.applied:
-                    self._answer(request, *member.evaluate(body))
+                    self._evaluate(member, request)
                 else:
                     self._answer(request, NOT_LEADER, [member.leader, member.term])
                 continue
-            if len(self._open) >= OPEN_REQUESTS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
+            if self._open_count + (count or 1) > OPEN_REQUESTS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
                 self.count("overloaded")
                 self._answer(request, OVERLOADED, f"the leader's worker on node {self.settings.node} is full")
                 continue
-            self._open[request] = None
-            self._open_bytes += len(body)
+            self._take_in(request)
             request.maybe = ON_ITS_WAY  # should its deadline pass here: the sender is told no more than is known
             if op == OP_COMMAND:
                 member.propose(body, request)
             else:
-                member.read(body, request)
+                self._read(member, request)
 
     def _on_forward_answer(self, sender: int, replies: list[ForwardReply]) -> None:
         for request_id, code, body in replies:
-            request = self._forwarded.pop(request_id, None)
+            request = self._forwarded.get(request_id)
             if request is None:
                 continue
+            if request.count and code == OK:
+                self._on_run_part(request, body)
+                continue
+            del self._forwarded[request_id]
             request.forward_id = 0
             if code == NOT_LEADER:
                 request.maybe &= ~ON_ITS_WAY
@@ -149,6 +181,22 @@ class RoutingLayer(LeaderLayer):
                 self._dead_uid_met(request)
             else:
                 self._finish_request(request, code, body)
+
+    def _on_run_part(self, request: Request, body: Any) -> None:
+        """A part of a run's results; with the last the run is done. What is lost of it is unknown to the client."""
+        if not is_run_part(body):
+            self.count("bad_run_parts")
+            return
+        if request.maybe & IN_A_LOG:
+            try:
+                body[2] = msgpack.packb(in_doubt(msgpack.unpackb(body[2], strict_map_key=False)))
+            except (ValueError, TypeError, LookupError, msgpack.UnpackException):
+                self._finish_request(request, OUTCOME_UNKNOWN, "the answer to a run was not understood")
+                return
+        if body[1]:
+            self._answer(request, OK, body)
+        else:
+            self._finish_request(request, OK, body)
 
     def _on_wrong_guess(self, request: Request, sender: int, body: Any) -> None:
         uid = request.uid
@@ -169,7 +217,7 @@ class RoutingLayer(LeaderLayer):
         if request.origin == FROM_PEER:
             if code in (NOT_LEADER, DROPPED) and isinstance(body, tuple):
                 body = list(body)
-            self._finish_request(request, code, body)
+            self._finish_with(request, code, body)
         elif code in (NOT_LEADER, DROPPED):
             if code == NOT_LEADER:
                 request.maybe &= ~ON_ITS_WAY  # it never entered a log
@@ -180,4 +228,18 @@ class RoutingLayer(LeaderLayer):
             request.maybe &= ~ON_ITS_WAY  # it waited in front of the log
             self._check_name(request)
         else:
-            self._finish_request(request, code, body)
+            self._finish_with(request, code, body)
+
+
+def _arguments(request: Request) -> bytes | list[bytes]:
+    """The argument of a query, or those of a run.
+
+    Raises:
+        ValueError: they cannot be taken apart.
+    """
+    if not request.count:
+        return request.body
+    try:
+        return check_arguments(msgpack.unpackb(request.body))
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"a run of queries is a packed list of packed arguments: {error}") from error

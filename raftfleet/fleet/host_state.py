@@ -125,6 +125,7 @@ class HostState(ABC):
         self._dead_early: set[int] = set()
         # Requests, and where they wait.
         self._open: dict[Request, None] = {}
+        self._open_count = 0  # of their commands and queries: a run is one request of many
         self._open_bytes = 0
         self._parked: dict[int, list[Request]] = {}
         self._checking: dict[str, list[Request]] = {}

@@ -22,13 +22,21 @@ IN_A_LOG = 2
 
 
 class Request:
-    """A command or query. ``source``: connection, instance or None; ``answer``: only for the host's own requests."""
+    """A command or query, or a run of them.
+
+    Attributes:
+        source: connection, instance or None.
+        answer: only for the host's own requests.
+        count: of the commands or queries of a run, as its sender said; 0: one, which is no run. A run goes its way as
+            one request; only its answers may come in parts (:meth:`raftfleet.fleet.host_requests.run_parts`).
+    """
 
     __slots__ = (
         "answer",
         "attempts",
         "body",
         "consistency",
+        "count",
         "deadline_us",
         "done",
         "forward_id",
@@ -55,6 +63,7 @@ class Request:
         consistency: int,
         body: bytes,
         answer: Callable[[int, Any], None] | None = None,
+        count: int = 0,
     ) -> None:
         self.origin = origin
         self.source = source
@@ -67,6 +76,7 @@ class Request:
         self.consistency = consistency
         self.body = body
         self.answer = answer
+        self.count = count
         self.maybe = 0  # bits ON_ITS_WAY, IN_A_LOG: whether it may have reached a leader's log
         self.attempts = 0
         self.forward_id = 0  # of the one FORWARD of it that is under way; 0: none

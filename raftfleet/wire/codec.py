@@ -39,6 +39,7 @@ import msgpack
 from raftfleet.core import host_messages, manager_messages, messages
 from raftfleet.core.host_messages import ForwardReply, ForwardRequest
 from raftfleet.core.messages import Append, AppendAnswer, Beat, BeatAnswer, Entry
+from raftfleet.core.sessions import RUN_COMMANDS_MAX
 from raftfleet.wire.errors import WireError
 
 PROTOCOL = 1
@@ -411,12 +412,14 @@ def _check_forward(message: list[Any]) -> Any:
     requests = message[1]
     position = 0
     for request in requests:
-        if type(request) is not list or len(request) != 6:
+        if type(request) is not list or len(request) != 7:
             raise WireError("bad field", "Forward.requests: not a request")
-        request_id, op, uid, timeout_ms, consistency, body = request
+        request_id, op, uid, timeout_ms, consistency, run_count, body = request
         if (
             not (int is type(request_id) is type(op) is type(uid) is type(timeout_ms) is type(consistency))
+            or type(run_count) is not int
             or (request_id | uid | timeout_ms) >> 63
+            or not 0 <= run_count <= RUN_COMMANDS_MAX
             or op not in _OPS
             or consistency not in _CONSISTENCIES
             or type(body) is not bytes

@@ -11,12 +11,21 @@ moment goes out in one write. Requests, by kind::
     COMMAND  [id, 1, name: str, uid: int, timeout_ms: int, command: bin]
     QUERY    [id, 2, name: str, uid: int, timeout_ms: int, consistency: int, arg: bin]
     CALL     [id, 3, method: str, args: map, timeout_ms: int]
+    COMMAND_RUN  [id, 4, name: str, uid: int, timeout_ms: int, count: int, run: bin]
+    QUERY_RUN    [id, 5, name: str, uid: int, timeout_ms: int, consistency: int, count: int, args: bin]
 
 ``command`` is msgpack ``[client_id: bin 16, seq, acked, issued_us, arg: bin]`` (:mod:`raftfleet.core.sessions`), and
 ``arg`` the user's argument, packed. ``uid``: the group's, as the client knew it at its first attempt; 0 if it did not.
-``id`` is chosen by the client, above 0, and names the reply. Replies are ``[id, code, body]``:
+``id`` is chosen by the client, above 0, and names the reply. A run is ``count`` commands or queries as one request: it
+has ids from ``id`` on; ``run`` is a command whose argument is a list of arguments, ``args`` is msgpack
+``[arg: bin, ...]``. It is answered as one, or, where its results are many bytes, in parts.
+
+Replies are ``[id, code, body]``:
 
 * OK: ``body`` is the packed result (bin) of a command or query, any value for a call, a map for HELLO.
+* OK to a run: ``body = [offset, left, results: bin]``. ``results`` is msgpack: a list with, for each command or query
+  from the one at ``offset`` on, its packed result (bin) or ``[code, body]``. ``left`` are still to come, in other
+  replies with the same id.
 * An error: a message (str), or what the code's comment in :mod:`raftfleet.core.codes` says.
 * PUSH, with id 0: ``body = [topic, ...]``, only after a call that asked for it.
 
@@ -53,6 +62,7 @@ from raftfleet.core.codes import REFUSED as REFUSED
 from raftfleet.core.codes import SESSION_EXPIRED as SESSION_EXPIRED
 from raftfleet.core.codes import TOO_LARGE as TOO_LARGE
 from raftfleet.core.codes import UNANSWERED as UNANSWERED
+from raftfleet.core.sessions import RUN_COMMANDS_MAX
 from raftfleet.wire.errors import WireError
 
 PROTOCOL = 1
@@ -74,6 +84,8 @@ HELLO = 0
 COMMAND = 1
 QUERY = 2
 CALL = 3
+COMMAND_RUN = 4
+QUERY_RUN = 5
 
 # Values of a query's ``consistency``.
 LINEARIZABLE = 0
@@ -210,6 +222,8 @@ _REQUEST_FIELDS: dict[int, tuple[type, ...]] = {
     COMMAND: (str, int, int, bytes),
     QUERY: (str, int, int, int, bytes),
     CALL: (str, dict, int),
+    COMMAND_RUN: (str, int, int, int, bytes),
+    QUERY_RUN: (str, int, int, int, int, bytes),
 }
 _INT_MAX = (1 << 63) - 1
 _TIMEOUT_MS_MAX = 1 << 40  # some thirty years: a caller's "for ever"
@@ -221,6 +235,17 @@ def check_request(item: list[Any]) -> list[Any]:
     Raises:
         WireError: with reason ``request``; the message says what is wrong with which field.
     """
+    if len(item) == 6 and type(item[1]) is int and item[1] == COMMAND:  # what comes most, by the shortest way
+        request_id, _, name, uid, timeout_ms, command = item
+        if (
+            int is type(request_id) is type(uid) is type(timeout_ms)
+            and type(name) is str
+            and type(command) is bytes
+            and 0 < request_id
+            and 0 <= timeout_ms <= _TIMEOUT_MS_MAX
+            and not (request_id | uid) >> 63
+        ):
+            return item
     fields = len(item) >= 2 and type(item[0]) is int and type(item[1]) is int and _REQUEST_FIELDS.get(item[1])
     if not fields:
         raise WireError("request", "a request begins with an id and a known kind")
@@ -238,7 +263,9 @@ def check_request(item: list[Any]) -> list[Any]:
         if len(item[3]) != CLIENT_ID_BYTES:
             raise WireError("request", f"a client id has {CLIENT_ID_BYTES} bytes")
         return item
-    if kind_number == QUERY and item[5] not in (LINEARIZABLE, STALE):
+    if kind_number in (COMMAND_RUN, QUERY_RUN) and not 0 < item[-2] <= RUN_COMMANDS_MAX:
+        raise WireError("request", f"a run of {item[-2]}; it has 1 to {RUN_COMMANDS_MAX} commands or queries")
+    if kind_number in (QUERY, QUERY_RUN) and item[5] not in (LINEARIZABLE, STALE):
         raise WireError("request", f"unknown consistency {item[5]}")
     if kind_number == CALL and not all(type(key) is str for key in item[3]):
         raise WireError("request", "names of arguments are str")

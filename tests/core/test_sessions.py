@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from core.harness import CLIENT, SECOND_US, WALL_US, Cluster, Lone, pack
+from typing import Any
 
+import msgpack
+from core.harness import CLIENT, SECOND_US, WALL_US, Cluster, Journal, Lone, pack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raftfleet.core.codes import BAD_REQUEST, OK, TOO_LARGE
 from raftfleet.core.sessions import OVERLOADED, SESSION_EXPIRED, Session, Sessions
 
 OTHER = b"client-number-02"
@@ -166,3 +172,103 @@ def test_bytes_that_are_no_command_are_refused_alone() -> None:
     codes = {token: code for token, code, _ in lone.answers}
     assert codes == {b"\xc1": 17, pack("good", 1): 0, b"": 17, b"\x95": 17}
     assert lone.member.state == ["good"]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def pack_run(args: list[Any], seq: int, *, acked: int = 0, client: bytes = CLIENT, issued_us: int = WALL_US) -> bytes:
+    """Many commands of one client as one, with consecutive seqs from ``seq`` on."""
+    return bytes(msgpack.packb([client, seq, acked, issued_us, [msgpack.packb(arg) for arg in args]]))
+
+
+def led_by_itself(**fields: Any) -> Lone:
+    lone = Lone(voters=(1,), **fields)
+    lone.pass_time(2)
+    return lone
+
+
+def outcomes_of(lone: Lone, batch: list[bytes]) -> list[tuple[int, Any]]:
+    """``(code, body)`` of each command of ``batch``, put into one entry; a run counts as its commands."""
+    first = len(lone.answers)
+    lone.turn(lambda shard: [shard.propose(1, command, n) for n, command in enumerate(batch)])
+    outcomes: list[tuple[int, Any]] = []
+    for _, code, body in lone.answers[first:]:
+        rows = body if isinstance(body, list) and code == OK else [body if code == OK else [code, body]]
+        outcomes += [(OK, row) if isinstance(row, bytes) else tuple(row) for row in rows]
+    return outcomes
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_run_does_what_its_commands_would_do_one_by_one(data: st.DataObject) -> None:
+    in_runs, one_by_one = led_by_itself(), led_by_itself()
+    acked = 0
+    for _ in range(data.draw(st.integers(1, 6))):
+        runs, singles = [], []
+        for _ in range(data.draw(st.integers(1, 3))):
+            acked = max(acked, data.draw(st.integers(0, 12)))
+            seq = data.draw(st.integers(acked + 1, acked + 12))
+            args = data.draw(st.lists(st.sampled_from(["a", "b", "boom"]), min_size=1, max_size=8))
+            client = data.draw(st.sampled_from([CLIENT, OTHER]))
+            issued_us = WALL_US + data.draw(st.sampled_from([0, 3600 * SECOND_US]))
+            fields: dict[str, Any] = {"acked": acked, "client": client, "issued_us": issued_us}
+            runs.append(pack_run(args, seq, **fields))
+            singles += [pack(arg, seq + number, **fields) for number, arg in enumerate(args)]
+        assert outcomes_of(in_runs, runs) == outcomes_of(one_by_one, singles)
+        assert in_runs.member.state == one_by_one.member.state
+        assert in_runs.member.session_table.dump() == one_by_one.member.session_table.dump()
+
+
+def test_a_run_that_was_partly_applied_before_runs_only_what_is_new() -> None:
+    lone = led_by_itself()
+    assert outcomes_of(lone, [pack("a", 2)]) == [(OK, b"\x01")]
+    assert outcomes_of(lone, [pack_run(["x", "a", "b"], 1)]) == [(OK, b"\x02"), (OK, b"\x01"), (OK, b"\x03")]
+    assert lone.member.state == ["a", "x", "b"]
+
+
+def test_each_command_of_a_run_has_its_own_place_in_the_batch() -> None:
+    class Places(Journal):
+        def command(self, state: list[Any], arg: Any) -> tuple[Any, list[Any]]:
+            return self.context.position, [*state, self.context.position]
+
+    lone = led_by_itself()
+    lone.member.machine.command = Places.command.__get__(lone.member.machine)
+    outcomes_of(lone, [pack("a", 1), pack_run(["b", "c"], 2), b"garbage", pack_run(["a", "d"], 1), pack("e", 9)])
+    assert lone.member.state == [0, 1, 2, 6], "the stored answers, and what is no command, keep their places"
+
+
+def test_a_run_of_too_many_commands_or_of_anything_else_is_refused_as_a_whole() -> None:
+    lone = led_by_itself()
+    bad = [
+        pack_run(["a"] * 257, 1),
+        pack_run([], 1),
+        msgpack.packb([CLIENT, 1, 0, WALL_US, [b"\xa1a", 7]]),
+        msgpack.packb([CLIENT, (1 << 63) - 1, 0, WALL_US, [b"\xa1a", b"\xa1b"]]),
+    ]
+    assert [code for code, _ in outcomes_of(lone, bad)] == [BAD_REQUEST] * 4
+    assert lone.member.state == []
+    assert outcomes_of(lone, [pack_run(["a"] * 256, 1)])[-1] == (OK, msgpack.packb(256))
+
+
+def test_the_limit_of_a_commands_size_is_for_each_command_of_a_run() -> None:
+    lone = led_by_itself(command_bytes_max=100)
+    assert [code for code, _ in outcomes_of(lone, [pack_run(["x" * 90] * 20, 1)])] == [OK] * 20
+    [(code, message)] = outcomes_of(lone, [pack_run(["x", "y" * 200], 21)])
+    assert code == TOO_LARGE
+    assert "command_bytes_max = 100" in message
+    [(code, _)] = outcomes_of(lone, [b"\xc1" * 1000])
+    assert code == TOO_LARGE
+
+
+def test_results_of_a_run_survive_a_snapshot() -> None:
+    table = Sessions(TTL_US, 100)
+    assert run(table, 1, WALL_US) == "ran"
+    session = table.admit_run(CLIENT, 2, 2, 0, WALL_US, WALL_US)
+    assert session is not None
+    session.results[2] = b"two"
+    session.results[3] = (1, b"failed")
+    copy = Sessions(TTL_US, 100)
+    copy.load(msgpack.unpackb(msgpack.packb(table.dump())))
+    assert [run(copy, seq, WALL_US) for seq in (1, 2, 3)] == [(0, b"result 1"), (0, b"two"), (1, b"failed")]
+    assert copy.dump() == table.dump()

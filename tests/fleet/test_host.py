@@ -6,11 +6,15 @@ Every test is deterministic. Invariants of all members and logs are checked by t
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import msgpack
 import pytest
 from fleet.fleet_load import Historian, Incrementer, raw_command
 
 from raftfleet import errors
+from raftfleet.client.core import DONE
+from raftfleet.core.codes import COMMAND_FAILED, OUTCOME_UNKNOWN, OVERLOADED
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.host_messages import FORWARD, OP_COMMAND, Forward, ForwardRequest
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
@@ -550,12 +554,15 @@ def test_a_worker_that_is_full_answers_overloaded(monkeypatch):
     fleet = started(FOUR)
     fleet.add_group("group")
     client = fleet.client("n1")
-    calls = [client.command("group", "inc", retry=0) for _ in range(200)]
+    calls = []
+    for number in range(200):
+        calls.append(client.command("group", "inc", retry=0, timeout=0.5 + number // 4 / 1000))  # runs of four
     fleet.run_for(3)
     outcomes = [type(call.error) for call in calls]
     assert outcomes.count(errors.Overloaded) > 0
     answered = [call.result for call in calls if call.error is None]
     assert sorted(answered) == list(range(len(answered)))
+    assert len(answered) >= 8, "two runs of four have room"
     assert outcomes.count(errors.Overloaded) + len(answered) == 200
     assert "10" in str(next(call.error for call in calls if call.error is not None))
     rest(fleet)
@@ -610,7 +617,7 @@ def test_a_request_that_reaches_a_worker_twice_is_taken_once():
     assert leader is not None
     other = next(w for w in fleet.live_workers() if w.instance != leader.instance)
     command = raw_command(b"c" * 16, 1, "inc", fleet.nodes["n2"].wall_us(fleet.queue.now_us))
-    forward = Forward(FORWARD, [ForwardRequest(1 << 40, OP_COMMAND, uid, 500, 0, command)])
+    forward = Forward(FORWARD, [ForwardRequest(1 << 40, OP_COMMAND, uid, 500, 0, 0, command)])
     for _ in range(2):
         leader.work(lambda host: host.receive(other.instance, [forward]))
         fleet.run_for(0.1)
@@ -772,3 +779,78 @@ def test_the_news_of_a_new_leader_is_not_undone_by_that_of_the_old_ones_end():
                 rows = [node.lookup(name) for node in fleet.nodes.values()]
                 leader = fleet.leader_of(name)
                 assert leader is None or {row and row.node for row in rows} == {leader.node.name}, (seed, name, rows)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def together(fleet: SimFleet, node: str, group: str, args: list[Any]) -> list[Any]:
+    """Commands that leave in one run; their results, or the errors they ended in."""
+    client = fleet.client(node)
+    calls = [client.command(group, arg, retry=0) for arg in args]
+    fleet.run_for(2)
+    assert all(call.state == DONE for call in calls)
+    return [call.result if call.error is None else call.error for call in calls]
+
+
+@pytest.mark.parametrize("part_bytes_max", [1, 40, 1 << 20])
+def test_a_run_is_answered_from_every_node_in_parts_if_need_be(monkeypatch, part_bytes_max):
+    monkeypatch.setattr(host_requests, "RUN_PART_BYTES_MAX", part_bytes_max)
+    fleet = started(FOUR)
+    fleet.add_group("group")
+    expected = 0
+    for node in FOUR:
+        assert together(fleet, node, "group", ["inc"] * 50) == list(range(expected, expected + 50))
+        expected += 50
+    rest(fleet)
+
+
+def test_in_a_run_a_command_that_fails_fails_alone():
+    fleet = started(FOUR)
+    fleet.add_group("group")
+    for node in FOUR:
+        before, failed, after = together(fleet, node, "group", ["inc", ["no", "such"], "inc"])
+        assert isinstance(failed, errors.CommandFailed)
+        assert after == before + 1
+    rest(fleet)
+
+
+def test_queries_that_leave_together_are_answered_from_every_node():
+    fleet = started(FOUR)
+    fleet.add_group("group")
+    fleet.run_for(1)
+    for number, node in enumerate(FOUR, 1):
+        client = fleet.client(node)
+        client.result(client.command("group", "inc"))
+        fleet.run_for(1)
+        for consistency in ("linearizable", "stale"):
+            calls = [client.query("group", arg, consistency=consistency) for arg in ["get"] * 20 + ["no such"]]
+            fleet.run_for(1)
+            assert [call.result for call in calls[:20]] == [number] * 20
+            assert isinstance(calls[20].error, errors.QueryFailed)
+    rest(fleet)
+
+
+def test_a_run_whose_earlier_try_was_in_a_log_never_says_that_it_was_not_applied():
+    outcomes = host_requests.in_doubt([b"done", [OVERLOADED, "full"], [COMMAND_FAILED, ["ValueError", "no"]]])
+    assert outcomes[0] == b"done"
+    assert outcomes[1][0] == OUTCOME_UNKNOWN
+    assert "full" in outcomes[1][1]
+    assert outcomes[2] == [COMMAND_FAILED, ["ValueError", "no"]]
+
+
+def test_a_run_of_queries_that_is_none_is_refused():
+    fleet = started(FOUR)
+    fleet.add_group("group")
+    fleet.run_for(1)
+    codes: list[int] = []
+    for node in FOUR:
+        worker = fleet.nodes[node].workers[0]
+        connection = Connection(fleet, worker, lambda ident, code, body: codes.append(code), lambda: None)
+        for number, body in enumerate([b"\xc1", b"\x01", b"\x90", msgpack.packb([1, 2])]):
+            for consistency in (ipc.LINEARIZABLE, ipc.STALE):
+                ident = 2 * number + consistency + 1
+                connection.send([ident, ipc.QUERY_RUN, "group", 0, 500, consistency, 2, body])
+    fleet.run_for(1)
+    assert codes == [ipc.BAD_REQUEST] * 32
+    rest(fleet)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from raftfleet.core import host_messages as host
 from raftfleet.core import manager_messages as manager
 from raftfleet.core import messages as m
+from raftfleet.core.sessions import RUN_COMMANDS_MAX
 from raftfleet.wire import codec
 from raftfleet.wire.codec import FrameLimits, decode_frame, encode_frame, register_messages
 from raftfleet.wire.errors import WireError
@@ -65,7 +66,10 @@ STRATEGIES: dict[int, st.SearchStrategy[Any]] = {
         host.Forward,
         st.just(host.FORWARD),
         st.lists(
-            st.builds(host.ForwardRequest, u63, st.sampled_from([1, 2]), u63, u63, st.sampled_from([0, 1]), data),
+            st.builds(
+                *(host.ForwardRequest, u63, st.sampled_from([1, 2]), u63, u63, st.sampled_from([0, 1])),
+                *(st.integers(0, RUN_COMMANDS_MAX), data),
+            ),
             max_size=4,
         ),
     ),
@@ -100,7 +104,7 @@ def _example(kind: int, fill: Any = 1) -> Any:
     examples = {
         m.APPEND: m.Append(m.APPEND, 1, 2, 3, 4, 5, 6, 7, [entry]),
         m.BEAT: m.Beat(m.BEAT, 1, 2**64 - 1, 3),
-        host.FORWARD: host.Forward(host.FORWARD, [host.ForwardRequest(1, 1, 2, 500, 0, b"body")]),
+        host.FORWARD: host.Forward(host.FORWARD, [host.ForwardRequest(1, 1, 2, 500, 0, 3, b"body")]),
         host.RPC: host.Rpc(host.RPC, 1, "method", {"fill": fill}),
     }
     return examples[kind]

@@ -112,6 +112,8 @@ GOOD_REQUESTS = [
     [1, ipc.COMMAND, "g", 0, 500, b""],
     [2, ipc.QUERY, "g", 7, 500, ipc.STALE, b"x"],
     [3, ipc.CALL, "groups", {"a": 1}, 5000],
+    [4, ipc.COMMAND_RUN, "g", 7, 500, 2, b""],
+    [5, ipc.QUERY_RUN, "g", 7, 500, ipc.LINEARIZABLE, 256, b"x"],
 ]
 BAD_REQUESTS = [
     [0],
@@ -134,6 +136,13 @@ BAD_REQUESTS = [
     [3, ipc.CALL, "groups", {b"a": 1}, 5000],
     [3, ipc.CALL, "groups", [], 5000],
     [3, [], "groups", {}, 5000],
+    [4, ipc.COMMAND_RUN, "g", 7, 500, 0, b""],
+    [4, ipc.COMMAND_RUN, "g", 7, 500, 257, b""],
+    [4, ipc.COMMAND_RUN, "g", 7, 500, True, b""],
+    [4, ipc.COMMAND_RUN, "g", 7, 500, b""],
+    [5, ipc.QUERY_RUN, "g", 7, 500, 2, 3, b"x"],
+    [5, ipc.QUERY_RUN, "g", 7, 500, 0, 300, b"x"],
+    [5, ipc.QUERY_RUN, "g", 7, 500, 0, 3, ["x"]],
 ]
 
 
