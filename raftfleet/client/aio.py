@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
 import os
 import secrets
 import time
@@ -25,7 +23,18 @@ from typing import Any
 
 from raftfleet import errors
 from raftfleet.client import core, discovery
-from raftfleet.client.core import CONTROL, DONE, IN_FLIGHT, READY, Call, ClientCore, Leader
+from raftfleet.client.core import (
+    CONTROL,
+    DONE,
+    IN_FLIGHT,
+    READY,
+    Call,
+    ClientCore,
+    Leader,
+    attempt_run,
+    run_results,
+    runs,
+)
 from raftfleet.client.sync import POLL_S_FIRST, POLL_S_MAX, config_arguments, group_arguments, reason_of
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name
@@ -37,6 +46,15 @@ __all__ = ["Fleet", "connect"]
 
 FRAME_BYTES = 1 << 20
 """A frame takes requests until it has about this size (and then one more); a control call has one of its own."""
+
+TIMER_US = 10_000
+"""Deadlines are kept to within this: the timer looks at all calls at once, and no oftener."""
+
+_NO_TIMER_US = 1 << 62
+_NAMES_MAX = 1 << 17
+
+# Called once or twice for each call: without the way through their modules.
+_monotonic_ns, _pid, _running_loop = time.monotonic_ns, os.getpid, asyncio.get_running_loop
 
 
 def connect(run_dir: str | os.PathLike[str] | None = None) -> Fleet:
@@ -72,13 +90,12 @@ class Fleet:
         self.run_dir = discovery.find_run_dir(self._wanted_run_dir)
         self._table = discovery.open_table(self.run_dir)
         self._core = ClientCore(secrets.token_bytes(ipc.CLIENT_ID_BYTES))
-        self._request_ids = itertools.count(1)
+        self._next_request_id = 1
         self._links: dict[int, _Link] = {}
+        self._links_by_name: dict[str, _Link] = {}  # what _link_for found, while that link lasts
         self._calls: set[Call] = set()
-        self._deadlines: list[tuple[int, int, Call]] = []
-        self._deadline_numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_us = 0
+        self._timer_us = _NO_TIMER_US
         return self
 
     async def __aexit__(
@@ -109,7 +126,6 @@ class Fleet:
         links, self._links = list(self._links.values()), {}
         for link in links:
             await link.close()
-        self._deadlines.clear()
         self._table.close()
 
     # ---------------------------------------------------------------- nodes
@@ -178,7 +194,11 @@ class Fleet:
         """
         loop = self._entered()
         call = self._core.command(name, arg, timeout, retry, retry_interval)
-        return await self._begin(call, loop)
+        try:
+            return await self._begin(call, loop)
+        except asyncio.CancelledError:
+            self._give_up(call)
+            raise
 
     async def query(
         self,
@@ -193,7 +213,11 @@ class Fleet:
         """Ask a group and return the answer; nothing changes. As :meth:`raftfleet.Fleet.query`."""
         loop = self._entered()
         call = self._core.query(name, arg, consistency, timeout, retry, retry_interval)
-        return await self._begin(call, loop)
+        try:
+            return await self._begin(call, loop)
+        except asyncio.CancelledError:
+            self._give_up(call)
+            raise
 
     async def whereis_leader(self, name: str) -> Leader | None:
         """Who leads a group, or None. As :meth:`raftfleet.Fleet.whereis_leader`."""
@@ -224,32 +248,41 @@ class Fleet:
     async def call(self, method: str, args: dict[str, Any] | None = None, timeout: float = 5.0) -> Any:
         """Call a method of the node's manager by name. As :meth:`raftfleet.Fleet.call`."""
         loop = self._entered()
-        return await self._begin(self._core.control(method, args or {}, timeout), loop)
+        call = self._core.control(method, args or {}, timeout)
+        try:
+            return await self._begin(call, loop)
+        except asyncio.CancelledError:
+            self._give_up(call)
+            raise
 
     # ---------------------------------------------------------------- driving calls
 
     def _entered(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if loop is not self._loop:
             raise RuntimeError("use this client in an `async with` block of this event loop")
         if self._is_closed:
             raise RuntimeError("this client is closed")
-        if self._pid != os.getpid():
+        if self._pid != _pid():
             raise RuntimeError("an asyncio client cannot be used after a fork: connect again in the child")
         return loop
 
-    async def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> Any:
+    def _begin(self, call: Call, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+        """Start a call; what is returned is awaited by the caller's own coroutine, for each one more costs time."""
         future = call.waiter = loop.create_future()
         self._calls.add(call)
         self._core.start(call, _now_us())
-        self._advance(call)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if call.state != DONE:
-                call.abandon("cancelled")
-                self._advance(call)
-            raise
+        if call.state == READY:
+            link = self._links_by_name.get(call.name)
+            (self._link_for(call) if link is None or call.is_control else link).enqueue(call)
+        if call.deadline_us < self._timer_us:
+            self._set_timer(call.deadline_us)
+        return future
+
+    def _give_up(self, call: Call) -> None:
+        if call.state != DONE:
+            call.abandon("cancelled")
+            self._advance(call)
 
     def _advance(self, call: Call) -> None:
         """Do what the state of ``call``, which has just changed, asks for."""
@@ -266,14 +299,8 @@ class Fleet:
             return
         if call.state == READY:
             self._link_for(call).enqueue(call)
-        self._watch(call)
-
-    def _watch(self, call: Call) -> None:
-        """See to it that ``call`` hears of its deadline. Entries that became void are passed over when they are due."""
-        deadline_us = call.deadline_us
-        heapq.heappush(self._deadlines, (deadline_us, next(self._deadline_numbers), call))
-        if self._timer is None or deadline_us < self._timer_us:
-            self._set_timer(deadline_us)
+        if call.deadline_us < self._timer_us:
+            self._set_timer(call.deadline_us)
 
     def _set_timer(self, deadline_us: int) -> None:
         assert self._loop is not None
@@ -283,17 +310,21 @@ class Fleet:
         self._timer = self._loop.call_later(max(0, deadline_us - _now_us()) / 1e6, self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer = None
-        deadlines, now_us = self._deadlines, _now_us()
-        while deadlines and deadlines[0][0] <= now_us:
-            deadline_us, _number, call = heapq.heappop(deadlines)
-            if call.state != DONE and call.deadline_us == deadline_us:
+        """Look after all calls, and come back at the next deadline.
+
+        Most calls end long before theirs. So there is no list of deadlines, in which each would have to be entered and
+        would be kept until then, but one look at all that are under way, seldom.
+        """
+        self._timer, self._timer_us = None, _NO_TIMER_US
+        now_us = _now_us()
+        for call in [call for call in self._calls if call.deadline_us <= now_us]:
+            if call.state != DONE and call.deadline_us <= now_us:
                 call.on_deadline(now_us)
                 self._advance(call)
-        while deadlines and deadlines[0][2].state == DONE:  # most calls end long before their deadline
-            heapq.heappop(deadlines)
-        if deadlines and self._timer is None:
-            self._set_timer(deadlines[0][0])
+        if self._calls:
+            next_us = max(min(call.deadline_us for call in self._calls), now_us + TIMER_US)
+            if next_us < self._timer_us:
+                self._set_timer(next_us)
 
     def _link_for(self, call: Call) -> _Link:
         where = self._core.where(call, self._table.workers)
@@ -304,15 +335,20 @@ class Fleet:
             link = self._links.get(where)
         if link is None:
             link = self._links[where] = _Link(self, where)
+        if not call.is_control:
+            if len(self._links_by_name) >= _NAMES_MAX:
+                self._links_by_name.clear()
+            self._links_by_name[call.name] = link
         return link
 
     def _drop(self, link: _Link) -> None:
+        self._links_by_name.clear()
         if self._links.get(link.where) is link:
             del self._links[link.where]
 
 
 def _now_us() -> int:
-    return time.monotonic_ns() // 1000
+    return _monotonic_ns() // 1000
 
 
 class _Link(asyncio.BufferedProtocol):
@@ -324,7 +360,7 @@ class _Link(asyncio.BufferedProtocol):
         self._fleet = fleet
         self._loop = fleet._loop
         self._outbox: list[Call] = []
-        self._in_flight: dict[int, Call] = {}
+        self._in_flight: dict[int, list[Call]] = {}  # by the id of the first of each run
         self._transport: asyncio.Transport | None = None
         self._is_ready = False
         self._is_paused = False
@@ -410,15 +446,48 @@ class _Link(asyncio.BufferedProtocol):
         self._flush()
 
     def _take(self, frame: list[Any]) -> None:
-        in_flight, advance, now_us = self._in_flight, self._fleet._advance, _now_us()
+        in_flight, now_us = self._in_flight, _now_us()
         for item in frame:
             request_id, code, body = ipc.check_reply(item)
-            call = in_flight.pop(request_id, None)
-            if call is not None and call.state != DONE:
-                before = call.state, call.deadline_us
-                call.on_reply(request_id, code, body, now_us)
-                if (call.state, call.deadline_us) != before:
-                    advance(call)
+            run = in_flight.pop(request_id, None)
+            if run is None:
+                continue
+            if code != ipc.OK or len(run) == 1:
+                for number, call in enumerate(run, request_id):
+                    self._tell(call, number, code, body, now_us)
+                continue
+            offset, left, results = run_results(body, len(run))
+            if left:
+                in_flight[request_id] = run  # more of it will come
+            self._take_results(run[offset : offset + len(results)], request_id + offset, results, now_us)
+
+    def _take_results(self, calls: list[Call], first_id: int, results: list[Any], now_us: int) -> None:
+        open_calls = self._fleet._calls
+        for number, (call, result) in enumerate(zip(calls, results, strict=True), first_id):
+            if type(result) is bytes and call.state == IN_FLIGHT and call.request_id == number:
+                call.on_result(result)
+                open_calls.discard(call)
+                future = call.waiter
+                if not future.done():
+                    if call.error is None:
+                        future.set_result(call.result)
+                    else:
+                        future.set_exception(call.error)
+            elif type(result) is bytes:
+                self._tell(call, number, ipc.OK, result, now_us)
+            elif type(result) is list and len(result) == 2 and type(result[0]) is int:
+                self._tell(call, number, result[0], result[1], now_us)
+            else:
+                raise WireError("reply", "a run's result is bytes or [code, body]")
+        for admitted in self._fleet._core.turn(calls[-1], now_us) if calls else ():
+            self._fleet._advance(admitted)
+
+    def _tell(self, call: Call, request_id: int, code: int, body: Any, now_us: int) -> None:
+        if call.state != DONE:
+            before = call.state, call.deadline_us
+            call.on_reply(request_id, code, body, now_us)
+            if (call.state, call.deadline_us) != before:
+                self._fleet._advance(call)
 
     def _flush(self) -> None:
         """Write what waits: one frame, unless it would be very large."""
@@ -427,25 +496,26 @@ class _Link(asyncio.BufferedProtocol):
             return
         assert self._transport is not None
         fleet, in_flight = self._fleet, self._in_flight
-        outbox, self._outbox = self._outbox, []
-        lookup, request_ids = fleet._table.lookup, fleet._request_ids
+        waiting, self._outbox = runs(self._outbox), []
+        lookup = fleet._table.lookup
         now_us, wall_us = _now_us(), time.time_ns() // 1000
         items: list[list[Any]] = []
         size_bytes = 0
-        for position, call in enumerate(outbox):
-            if call.state != READY:
-                continue  # its deadline passed, or it was cancelled
-            if size_bytes > FRAME_BYTES or (items and call.is_control):
+        for position, run in enumerate(waiting):
+            is_control = run[0].is_control
+            if size_bytes > FRAME_BYTES or (items and is_control):
                 self._transport.write(ipc.pack_frame(items))
                 items, size_bytes = [], 0
             if self._must_wait():  # since that write
-                self._outbox = outbox[position:] + self._outbox
+                self._outbox = [call for later in waiting[position:] for call in later] + self._outbox
                 return
-            slot = None if call.is_control else lookup(call.name)
-            request = call.attempt(next(request_ids), slot.uid if slot is not None else 0, now_us, wall_us)
-            in_flight[call.request_id] = call
+            slot = None if is_control else lookup(run[0].name)
+            first_id = fleet._next_request_id
+            fleet._next_request_id += len(run)
+            request = attempt_run(run, first_id, slot.uid if slot is not None else 0, now_us, wall_us)
+            in_flight[first_id] = run
             items.append(request)
-            size_bytes += FRAME_BYTES + 1 if call.is_control else len(request[-1]) + 64
+            size_bytes += FRAME_BYTES + 1 if is_control else len(request[-1]) + 64
         if items:
             self._transport.write(ipc.pack_frame(items))
 
@@ -470,7 +540,8 @@ class _Link(asyncio.BufferedProtocol):
             if call.state == READY:
                 call.on_refused(reason, now_us)
                 self._fleet._advance(call)
-        for request_id, call in in_flight.items():
-            if call.state == IN_FLIGHT and call.request_id == request_id:
-                call.on_lost(now_us)
-                self._fleet._advance(call)
+        for first_id, run in in_flight.items():
+            for request_id, call in enumerate(run, first_id):
+                if call.state == IN_FLIGHT and call.request_id == request_id:
+                    call.on_lost(now_us)
+                    self._fleet._advance(call)

@@ -29,10 +29,13 @@ Rules:
 4. A query, or a control call that changes nothing, leaves no doubt and is tried again freely. A control call that
    changes something has no session to protect it: it ends with its first doubt.
 5. An answer to an attempt that was given up already is used if the call still runs, and dropped if not.
+6. First attempts that leave together for one group travel as a **run** (:func:`runs`): one request, one answer or a few
+   parts of one. Every call in it stays a call of its own, with its deadline, doubts and retries. A retry goes alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -40,7 +43,9 @@ import msgpack
 
 from raftfleet import errors
 from raftfleet.core.names import check_group_name, shard_of
+from raftfleet.core.sessions import RUN_COMMANDS_MAX
 from raftfleet.wire import ipc
+from raftfleet.wire.errors import WireError
 
 if TYPE_CHECKING:
     from raftfleet.node.leader_table import LeaderSlot
@@ -78,6 +83,13 @@ _SETTLING_CODES = frozenset((ipc.OK, ipc.COMMAND_FAILED, ipc.QUERY_FAILED))
 _GROUP_CHANGES_MAX = 3
 _ROUTES_MAX = 1 << 17
 _STORY_LENGTH_MAX = 8
+_RUN_ARG_BYTES_MAX = 4096
+"""A longer argument travels alone: so a run never has more than a megabyte."""
+
+_pack = msgpack.Packer(use_bin_type=True).pack
+"""Only for what no code of the user's takes part in packing: otherwise another thread could come in between."""
+_unpack = msgpack.unpackb
+_LEAF_TYPES = frozenset((str, bytes, int, float, bool, type(None)))
 
 
 class Leader(NamedTuple):
@@ -117,9 +129,12 @@ def pack_argument(arg: object, what: str) -> bytes:
         ValueError: it holds an integer of more than 64 bits, a str that is not valid Unicode, or is nested too deep.
         CommandTooLarge: it does not fit into a frame.
     """
+    packed: bytes
     try:
-        packed: bytes = msgpack.packb(arg)
-        if not isinstance(arg, (str, bytes, int, float, type(None))):
+        if type(arg) in _LEAF_TYPES:
+            packed = _pack(arg)
+        else:
+            packed = msgpack.packb(arg)
             unpack(packed)  # a key such as (1, 2) would be packed and arrive as a list, which no dict takes as a key
     except TypeError as error:
         raise TypeError(f"{what} cannot be carried by msgpack: {error}") from error
@@ -188,34 +203,28 @@ class Call:
         waiter: the driver's own.
     """
 
-    __slots__ = (
-        "_arg",
-        "_attempt_count",
-        "_client_id",
-        "_consistency",
-        "_doubts",
-        "_group_changes",
-        "_issued_us",
-        "_kind",
-        "_leaves_doubt",
-        "_retry_interval_us",
-        "_retry_left",
-        "_seq",
-        "_session",
-        "_started_us",
-        "_story",
-        "_timeout_us",
-        "_total_deadline_us",
-        "_uid",
-        "deadline_us",
-        "error",
-        "name",
-        "request_id",
-        "result",
-        "state",
-        "waiter",
-        "where",
-    )
+    # What a call begins with is the class's: only what differs is written into each one. (Measured: with slots and all
+    # of it written, making a call cost as much as packing, sending and reading it.)
+    _client_id = b""
+    _session: Session | None = None
+    _seq = 0
+    _consistency = ipc.LINEARIZABLE
+    _uid: int | None = None  # None: before the first attempt
+    _issued_us = 0
+    _started_us = 0
+    _total_deadline_us = 0  # 0: bounded by the number of retries
+    _doubt = 0  # an attempt whose outcome is not known; most calls never have more than one
+    _more_doubts: set[int] | None = None
+    _attempt_count = 0
+    _group_changes = 0
+    _story: list[str] | None = None
+    where: int | None = None  # for control calls that go elsewhere than to the manager
+    state: int = QUEUED
+    deadline_us = 0
+    request_id = 0
+    result: Any = None
+    error: BaseException | None = None
+    waiter: Any = None
 
     def __init__(self, kind: int, name: str, arg: Any, timeout_us: int, retry: int, retry_interval_us: int) -> None:
         self._kind = kind
@@ -225,25 +234,6 @@ class Call:
         self._retry_left = retry
         self._retry_interval_us = retry_interval_us
         self._leaves_doubt = kind == ipc.COMMAND
-        self._client_id = b""
-        self._session: Session | None = None
-        self._seq = 0
-        self._consistency = ipc.LINEARIZABLE
-        self._uid: int | None = None  # None: before the first attempt
-        self._issued_us = 0
-        self._started_us = 0
-        self._total_deadline_us = 0  # 0: bounded by the number of retries
-        self._doubts: set[int] | None = None
-        self._attempt_count = 0
-        self._group_changes = 0
-        self._story: list[str] | None = None
-        self.where: int | None = None  # for control calls that go elsewhere than to the manager
-        self.state = QUEUED
-        self.deadline_us = 0
-        self.request_id = 0
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.waiter: Any = None
 
     @property
     def is_control(self) -> bool:
@@ -278,10 +268,10 @@ class Call:
         if self._kind == ipc.QUERY:
             return [request_id, ipc.QUERY, self.name, self._uid, timeout_ms, self._consistency, self._arg]
         assert self._session is not None
-        if not self._doubts:
+        if not self._has_doubt:
             self._issued_us = wall_us
         self._add_doubt(request_id)
-        command = msgpack.packb((self._client_id, self._seq, self._session.acked, self._issued_us, self._arg))
+        command = _pack((self._client_id, self._seq, self._session.acked, self._issued_us, self._arg))
         return [request_id, ipc.COMMAND, self.name, self._uid, timeout_ms, command]
 
     def on_unsent(self) -> None:
@@ -311,7 +301,7 @@ class Call:
         if self.state == DONE:
             return
         if code == ipc.OK:
-            self._finish_with_result(body)
+            self.on_result(body)
             return
         error = ipc.error_of(code, body)
         if code in _SETTLING_CODES or (code == ipc.SESSION_EXPIRED and self._leaves_doubt):
@@ -360,7 +350,7 @@ class Call:
         """The table was behind: another group has this name now. The node did not take the request for either."""
         self._drop_doubt(self.request_id)
         self._group_changes += 1
-        if self._doubts or self._group_changes > _GROUP_CHANGES_MAX:
+        if self._has_doubt or self._group_changes > _GROUP_CHANGES_MAX:
             self._finish(error)  # attempts may have been applied by the group that is no more
         else:
             self._uid = 0  # let the node, which knows better, look it up
@@ -384,21 +374,25 @@ class Call:
     def _silence(self, reason: str) -> errors.RaftFleetError:
         return errors.OutcomeUnknown(reason) if self._leaves_doubt else errors.Unanswered(reason)
 
-    def _finish_with_result(self, body: Any) -> None:
+    def on_result(self, body: Any) -> None:
+        """The answer OK to one of this call's attempts, while it is not DONE."""
         if self._kind != ipc.CALL:
             try:
-                body = unpack(body)
+                body = _unpack(body, strict_map_key=False)
             except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
                 self.error = errors.ProtocolError(f"the node sent a result that is not msgpack: {error}")
                 body = None
         self.result = body
-        self._end()
+        self.state = DONE
+        session = self._session
+        if session is not None:
+            session.end(self._seq)
 
     def _finish(self, error: errors.RaftFleetError, now_us: int | None = None) -> None:
         """End with ``error``, or with OutcomeUnknown where a doubt is left that it does not settle."""
         is_settled = isinstance(error, (errors.UserCodeFailed, errors.OutcomeUnknown))
         story = self._story or []
-        if self._doubts and not is_settled:
+        if self._has_doubt and not is_settled:
             told = "; ".join(story) or str(error)
             unknown = errors.OutcomeUnknown(
                 f"{self._what()}: it may have been applied once ({self._attempt_count} attempts: {told})"
@@ -424,15 +418,89 @@ class Call:
             return f"call {self.name}"
         return f"{'command' if self._kind == ipc.COMMAND else 'query'} to {self.name!r}"
 
+    @property
+    def _has_doubt(self) -> bool:
+        return bool(self._doubt or self._more_doubts)
+
     def _add_doubt(self, request_id: int) -> None:
-        if self._doubts is None:
-            self._doubts = {request_id}
+        if not self._doubt:
+            self._doubt = request_id
+        elif self._more_doubts is None:
+            self._more_doubts = {request_id}
         else:
-            self._doubts.add(request_id)
+            self._more_doubts.add(request_id)
 
     def _drop_doubt(self, request_id: int) -> None:
-        if self._doubts is not None:
-            self._doubts.discard(request_id)
+        if self._doubt == request_id:
+            self._doubt = 0
+        elif self._more_doubts is not None:
+            self._more_doubts.discard(request_id)
+
+
+def runs(calls: list[Call]) -> list[list[Call]]:
+    """``calls`` that are READY, in the order in which they should leave: those of one list travel as one run.
+
+    Of commands that is: first attempts of one session with consecutive seqs; of queries: first attempts with the same
+    group and consistency.
+    """
+    result: list[list[Call]] = []
+    growing: dict[Any, list[Call]] = {}
+    for call in calls:
+        if call.state != READY:
+            continue
+        if call._kind == ipc.CALL or call._attempt_count or len(call._arg) > _RUN_ARG_BYTES_MAX:
+            result.append([call])
+            continue
+        session = call._session
+        key = session if session is not None else (call.name, call._consistency)
+        run = growing.get(key)
+        if run is not None and len(run) < RUN_COMMANDS_MAX:
+            last = run[-1]
+            if last._timeout_us == call._timeout_us and (session is None or last._seq + 1 == call._seq):
+                run.append(call)
+                continue
+        growing[key] = run = [call]
+        result.append(run)
+    return result
+
+
+def attempt_run(run: list[Call], first_id: int, uid: int, now_us: int, wall_us: int) -> list[Any]:
+    """The request for a list of :func:`runs`; as :meth:`Call.attempt` for each, with ids from ``first_id`` on."""
+    first = run[0]
+    if len(run) == 1:
+        return first.attempt(first_id, uid, now_us, wall_us)
+    request_id = first_id
+    for call in run:
+        call.request_id = request_id
+        call.state = IN_FLIGHT
+        call._attempt_count = 1
+        call._uid = uid
+        if call._leaves_doubt:
+            call._issued_us = wall_us
+            call._doubt = request_id
+        request_id += 1
+    args = [call._arg for call in run]
+    timeout_ms = (first._timeout_us + 999) // 1000
+    session = first._session
+    if session is None:
+        return [first_id, ipc.QUERY_RUN, first.name, uid, timeout_ms, first._consistency, len(run), _pack(args)]
+    body = _pack((first._client_id, first._seq, session.acked, wall_us, args))
+    return [first_id, ipc.COMMAND_RUN, first.name, uid, timeout_ms, len(run), body]
+
+
+def run_results(body: object, count: int) -> tuple[int, int, list[Any]]:
+    """A part of the answer to a run of ``count`` calls: how many come before it, how many after it, and what it holds.
+
+    Raises:
+        WireError: it is no such thing.
+    """
+    if type(body) is list and len(body) == 3 and int is type(body[0]) is type(body[1]) and type(body[2]) is bytes:
+        offset, left, packed = body
+        with contextlib.suppress(ValueError, TypeError, msgpack.UnpackException):
+            results = _unpack(packed, strict_map_key=False)
+            if type(results) is list and offset >= 0 and left >= 0 and offset + len(results) + left == count:
+                return offset, left, results
+    raise WireError("reply", "an answer to a run that does not fit it")
 
 
 class ClientCore:
@@ -452,6 +520,7 @@ class ClientCore:
         self._sessions: dict[str, Session] = {}
         # Replaced as one, so that a thread which is late writes into what nobody reads any more.
         self._routes: tuple[int, dict[str, int]] = (0, {})
+        self._options: tuple[object, object, object, int, int] = (None, None, None, 0, 0)
 
     def hello(self) -> list[Any]:
         """The first request on every connection."""
@@ -464,11 +533,11 @@ class ClientCore:
             TypeError, ValueError, CommandTooLarge: an argument is of no use; nothing happened.
         """
         packed = pack_argument(arg, "the argument of a command")
+        call = self._group_call(ipc.COMMAND, name, packed, timeout, retry, retry_interval)
         session = self._sessions.get(name) if isinstance(name, str) else None
         if session is None:
-            session = Session(check_group_name(name))
-        call = self._group_call(ipc.COMMAND, name, packed, timeout, retry, retry_interval)
-        call._session = self._sessions.setdefault(name, session)
+            session = self._sessions.setdefault(name, Session(check_group_name(name)))
+        call._session = session
         call._client_id = self.client_id
         return call
 
@@ -483,7 +552,7 @@ class ClientCore:
         if consistency not in CONSISTENCIES:
             raise ValueError(f"consistency is one of {', '.join(CONSISTENCIES)}, not {consistency!r}")
         packed = pack_argument(arg, "the argument of a query")
-        if not isinstance(name, str) or name not in self._routes[1]:
+        if type(name) is not str or name not in self._routes[1]:
             check_group_name(name)
         call = self._group_call(ipc.QUERY, name, packed, timeout, retry, retry_interval)
         call._consistency = CONSISTENCIES[consistency]
@@ -544,10 +613,16 @@ class ClientCore:
     def _group_call(
         self, kind: int, name: str, packed: bytes, timeout: float, retry: int, retry_interval: float
     ) -> Call:
+        known = self._options
+        if (
+            known[0] is timeout and known[1] is retry and known[2] is retry_interval
+        ):  # mostly the defaults, checked once
+            return Call(kind, name, packed, known[3], retry, known[4])
         if type(retry) is not int or not 0 <= retry < 1 << 31:
             raise ValueError(f"retry is a whole number of attempts after the first, not {retry!r}")
-        timeout_us = microseconds(timeout, "timeout")
-        return Call(kind, name, packed, timeout_us, retry, microseconds(retry_interval, "retry_interval"))
+        timeout_us, interval_us = microseconds(timeout, "timeout"), microseconds(retry_interval, "retry_interval")
+        self._options = (timeout, retry, retry_interval, timeout_us, interval_us)
+        return Call(kind, name, packed, timeout_us, retry, interval_us)
 
     def _admit(self, call: Call, now_us: int) -> None:
         session = call._session

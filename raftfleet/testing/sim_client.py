@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from raftfleet.client.core import DONE, PAUSED, QUEUED, READY, Call, ClientCore
+from raftfleet.client.core import DONE, PAUSED, QUEUED, READY, Call, ClientCore, attempt_run, run_results, runs
+from raftfleet.core.codes import OK
 from raftfleet.testing.shards import WALL_EPOCH_US
 from raftfleet.testing.sim_worker import Connection
 
@@ -26,7 +27,8 @@ class SimFleetClient:
         self.node = node
         self.core = ClientCore(rng.getrandbits(128).to_bytes(16, "big"))
         self._connections: dict[int, Connection] = {}
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, list[Call]] = {}  # by the id of the first of each run
+        self._outbox: list[Call] = []
         self._next_id = 1
 
     def command(
@@ -73,7 +75,9 @@ class SimFleetClient:
         """Do what the call's state asks for, and be there at its deadline."""
         now_us = self.fleet.queue.now_us
         if call.state == READY:
-            self._attempt(call, now_us)
+            if not self._outbox:
+                self.fleet.queue.at(now_us, self._flush)
+            self._outbox.append(call)
         if call.state == DONE:
             for admitted in self.core.turn(call, now_us):
                 self._go_on(admitted)
@@ -83,21 +87,29 @@ class SimFleetClient:
             return
         self.fleet.queue.at(call.deadline_us, self._on_deadline, call, call.deadline_us, call.state)
 
-    def _attempt(self, call: Call, now_us: int) -> None:
-        index = self.core.where(call, self.node.workers_count)
+    def _flush(self) -> None:
+        """Send what was asked for at this moment, as an asyncio client does at the end of a turn: in runs."""
+        outbox, self._outbox = self._outbox, []
+        for run in runs(outbox):
+            self._attempt(run, self.fleet.queue.now_us)
+
+    def _attempt(self, run: list[Call], now_us: int) -> None:
+        index = self.core.where(run[0], self.node.workers_count)
         connection = self._connections.get(index)
         if connection is None or not connection.is_open:
             worker = self.node.workers[index] if self.node.is_up else None
             if worker is None:
-                call.on_refused("connection refused", now_us)
+                for call in run:
+                    call.on_refused("connection refused", now_us)
+                    self._go_on(call)
                 return
             connection = Connection(self.fleet, worker, self._on_reply, lambda: self._on_lost(index))
             self._connections[index] = connection
-        ident = self._next_id
-        self._next_id += 1
-        row = self.node.lookup(call.name)
-        item = call.attempt(ident, row.uid if row is not None else 0, now_us, WALL_EPOCH_US + now_us)
-        self._calls[ident] = call
+        first_id = self._next_id
+        self._next_id += len(run)
+        row = self.node.lookup(run[0].name)
+        item = attempt_run(run, first_id, row.uid if row is not None else 0, now_us, WALL_EPOCH_US + now_us)
+        self._calls[first_id] = run
         connection.send(item)
 
     def _on_deadline(self, call: Call, deadline_us: int, state: int) -> None:
@@ -106,8 +118,24 @@ class SimFleetClient:
             self._go_on(call)
 
     def _on_reply(self, ident: int, code: int, body: Any) -> None:
-        call = self._calls.pop(ident, None)
-        if call is None or call.state == DONE:
+        run = self._calls.pop(ident, None)
+        if run is None:
+            return
+        if code != OK or len(run) == 1:
+            for number, call in enumerate(run, ident):
+                self._tell(call, number, code, body)
+            return
+        offset, left, results = run_results(body, len(run))
+        if left:
+            self._calls[ident] = run
+        for number, result in enumerate(results, offset):
+            if type(result) is bytes:
+                self._tell(run[number], ident + number, OK, result)
+            else:
+                self._tell(run[number], ident + number, *result)
+
+    def _tell(self, call: Call, ident: int, code: int, body: Any) -> None:
+        if call.state == DONE:
             return
         before = (call.state, call.deadline_us)
         call.on_reply(ident, code, body, self.fleet.queue.now_us)
@@ -117,10 +145,11 @@ class SimFleetClient:
     def _on_lost(self, index: int) -> None:
         self._connections.pop(index, None)
         now_us = self.fleet.queue.now_us
-        for ident, call in list(self._calls.items()):
-            if self.core.where(call, self.node.workers_count) != index:
+        for ident, run in list(self._calls.items()):
+            if self.core.where(run[0], self.node.workers_count) != index:
                 continue
             del self._calls[ident]
-            if call.state != DONE and call.request_id == ident:
-                call.on_lost(now_us)
-                self._go_on(call)
+            for number, call in enumerate(run, ident):
+                if call.state != DONE and call.request_id == number:
+                    call.on_lost(now_us)
+                    self._go_on(call)

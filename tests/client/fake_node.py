@@ -43,6 +43,7 @@ class FakeNode:
         self.counters: dict[str, int] = {}
         self.uids: dict[str, int] = {}
         self.results: dict[tuple[bytes, str, int], Any] = {}
+        self.run_counts: list[int] = []
         self.accepted = 0
         self.table: LeaderTable | None = None
         self.start()
@@ -199,9 +200,37 @@ class FakeNode:
                 self.client_ids.add(request[3])
             body = {"node": "n1", "role": "shard", "index": where, "instance": 11, "workers": self.workers}
             return [[0, ipc.OK, {**body, "protocol": ipc.PROTOCOL}]]
+        if request[1] in (ipc.COMMAND_RUN, ipc.QUERY_RUN):
+            return self._answer_run(where, request)
         with self.lock:
             self.received.append((where, request))
         reply = self.script(self, where, request)
         if reply is None:
             return []
         return [reply] if not reply or not isinstance(reply[0], list) else reply
+
+    def _answer_run(self, where: int, request: list[Any]) -> list[Reply]:
+        """Take a run apart, so that scripts see single requests; their answers go out as parts of the run's."""
+        first_id, count = request[0], request[-2]
+        with self.lock:
+            self.run_counts.append(count)
+        replies: list[Reply] = []
+        for offset, single in enumerate(_singles(request)):
+            for reply in self._answer(where, single):
+                if reply and reply[0] == first_id + offset:
+                    result = reply[2] if reply[1] == ipc.OK else reply[1:]
+                    replies.append([first_id, ipc.OK, [offset, count - offset - 1, msgpack.packb([result])]])
+                else:
+                    replies.append(reply)
+        return replies
+
+
+def _singles(request: list[Any]) -> list[list[Any]]:
+    if request[1] == ipc.QUERY_RUN:
+        first_id, _, name, uid, timeout_ms, consistency, _count, packed = request
+        args = msgpack.unpackb(packed)
+        return [[first_id + i, ipc.QUERY, name, uid, timeout_ms, consistency, arg] for i, arg in enumerate(args)]
+    first_id, _, name, uid, timeout_ms, _count, run = request
+    client_id, seq, acked, issued_us, args = msgpack.unpackb(run)
+    commands = [msgpack.packb([client_id, seq + i, acked, issued_us, arg]) for i, arg in enumerate(args)]
+    return [[first_id + i, ipc.COMMAND, name, uid, timeout_ms, command] for i, command in enumerate(commands)]

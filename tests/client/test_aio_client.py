@@ -152,7 +152,7 @@ def test_commands_asked_for_together_go_out_in_one_frame(node: FakeNode) -> None
         frames.extend(written)
 
     run(node, body)
-    assert frames == [64]
+    assert (frames, node.run_counts) == ([1], [64]), "one frame, and in it one run"
 
 
 def test_a_retry_is_the_same_command_and_is_applied_once(node: FakeNode) -> None:
@@ -351,3 +351,37 @@ def test_no_node_is_said_on_entering(tmp_path: Any) -> None:
                 pass
 
     asyncio.run(main())
+
+
+def test_in_a_run_every_command_ends_as_its_own_answer_says(node: FakeNode) -> None:
+    def answer(node: FakeNode, where: int, request: list[Any]) -> Any:
+        number = msgpack.unpackb(msgpack.unpackb(request[5])[4])
+        return (
+            None if number % 3 == 2 else [request[0], ipc.OVERLOADED, "full"] if number % 3 else node.serve(0, request)
+        )
+
+    node.script = answer
+
+    async def body(fleet: aio.Fleet) -> None:
+        calls = [fleet.command("g", number, timeout=0.05, retry=0) for number in range(30)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [outcome for outcome in outcomes if isinstance(outcome, int)] == list(range(0, 30, 3))
+        assert {type(outcome) for outcome in outcomes[1::3]} == {errors.Overloaded}
+        assert {type(outcome) for outcome in outcomes[2::3]} == {errors.OutcomeUnknown}
+
+    run(node, body)
+    assert node.run_counts == [30]
+
+
+def test_an_answer_to_a_run_that_does_not_fit_costs_the_connection_and_the_commands_are_tried_again(
+    node: FakeNode,
+) -> None:
+    original = node._answer_run
+    nonsense = iter([[[1, ipc.OK, [0, 0, b"\x90"]]], [[1, ipc.OK, b"\x01"]]])
+    node._answer_run = lambda where, request: next(nonsense, None) or original(where, request)  # type: ignore[method-assign]
+
+    async def body(fleet: aio.Fleet) -> None:
+        calls = [fleet.command("g", "inc", timeout=0.2, retry=5, retry_interval=0.01) for _ in range(20)]
+        assert sorted(await asyncio.gather(*calls)) == list(range(20))
+
+    run(node, body)

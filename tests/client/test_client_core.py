@@ -15,6 +15,7 @@ from raftfleet.client import core
 from raftfleet.client.core import CONTROL, DONE, IN_FLIGHT, PAUSED, QUEUED, READY, WINDOW, Call, ClientCore, Session
 from raftfleet.core.names import shard_of
 from raftfleet.wire import ipc
+from raftfleet.wire.errors import WireError
 
 CLIENT = bytes(range(16))
 SECOND = 1_000_000
@@ -512,3 +513,84 @@ def test_calls_go_to_the_shard_that_owns_the_name_or_to_the_manager() -> None:
         assert client.where(call, workers) == shard_of("g", workers)
     assert client.where(client.control("groups", {}, 1.0), 2) == CONTROL
     assert client.where(client.control("shard_info", {}, 1.0, where=1), 2) == 1
+
+
+# ---------------------------------------------------------------- runs
+
+
+def started_calls(client: ClientCore, *makers: Any) -> list[Call]:
+    calls = [make() for make in makers]
+    for call in calls:
+        client.start(call, 0)
+    return calls
+
+
+def shape(calls: list[Call]) -> list[list[int]]:
+    """The runs of ``calls`` by their places in the list."""
+    return [[calls.index(call) for call in run] for run in core.runs(calls)]
+
+
+def test_first_attempts_for_one_group_that_leave_together_are_a_run() -> None:
+    client = ClientCore(CLIENT)
+    command = [lambda name=name: client.command(name, "inc", 0.5, 3, 1.0) for name in "ababa"]
+    query = [lambda how=how: client.query("a", "get", how, 0.5, 3, 1.0) for how in ("linearizable", "stale") * 2]
+    assert shape(started_calls(client, *command, *query)) == [[0, 2, 4], [1, 3], [5, 7], [6, 8]]
+
+
+def test_what_differs_travels_apart() -> None:
+    client = ClientCore(CLIENT)
+    calls = started_calls(
+        client,
+        lambda: client.command("a", "inc", 0.5, 3, 1.0),
+        lambda: client.command("a", "inc", 5.0, 3, 1.0),
+        lambda: client.command("a", "x" * 5000, 5.0, 3, 1.0),
+        lambda: client.command("a", "inc", 5.0, 3, 1.0),
+        lambda: client.command("a", "inc", 5.0, 3, 1.0),
+        lambda: client.control("groups", {}, 5.0),
+    )
+    calls[3].abandon("cancelled")
+    assert shape(calls) == [[0], [1], [2], [4], [5]], "timeouts, long arguments, gaps of the seqs, calls of no group"
+
+
+def test_a_run_has_a_bound() -> None:
+    client = ClientCore(CLIENT)
+    calls = started_calls(client, *[lambda: client.query("a", "get", "stale", 0.5, 3, 1.0)] * 600)
+    assert [len(run) for run in core.runs(calls)] == [256, 256, 88]
+
+
+def test_a_command_of_a_run_is_tried_again_alone_with_its_own_seq_and_time_of_issue() -> None:
+    client = ClientCore(CLIENT)
+    calls = started_calls(client, *[lambda: client.command("a", "inc", 0.5, 3, 1.0)] * 3)
+    [run] = core.runs(calls)
+    item = core.attempt_run(run, 11, 7, 0, 10**15)
+    assert item[:6] == [11, ipc.COMMAND_RUN, "a", 7, 500, 3]
+    assert msgpack.unpackb(item[6]) == [CLIENT, 1, 0, 10**15, [msgpack.packb("inc")] * 3]
+    second = calls[1]
+    second.on_deadline(ATTEMPT_US)
+    second.on_deadline(second.deadline_us)
+    assert core.runs(calls) == [[second]]
+    [again] = [core.attempt_run([second], 20, 9, 2 * SECOND, 10**15 + 2 * SECOND)]
+    assert again[:5] == [20, ipc.COMMAND, "a", 7, 500]
+    assert msgpack.unpackb(again[5]) == [CLIENT, 2, 0, 10**15, msgpack.packb("inc")]
+    second.on_reply(20, ipc.OVERLOADED, "full", 3 * SECOND)
+    second.abandon("enough")
+    assert isinstance(second.error, errors.OutcomeUnknown), "the attempt in the run is still in doubt"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        b"\x90",
+        [0, 0],
+        [0, 0, b"\xc1"],
+        [0, 0, b"\x01"],
+        [1, 0, msgpack.packb([b"", b"", b""])],
+        [-1, 1, msgpack.packb([b"", b"", b""])],
+        [0, -1, msgpack.packb([b"", b"", b"", b""])],
+    ],
+)
+def test_an_answer_that_does_not_fit_the_run_is_refused(body: object) -> None:
+    with pytest.raises(WireError, match="does not fit"):
+        core.run_results(body, 3)
+    assert core.run_results([1, 1, msgpack.packb([b"x"])], 3) == (1, 1, [b"x"])
