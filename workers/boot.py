@@ -36,6 +36,7 @@ from raftfleet.errors import ConfigError
 from raftfleet.node import logs
 from raftfleet.node.context import ChildContext
 from raftfleet.node.exit_codes import ExitCode
+from raftfleet.storage.base import StorageError, StorageFull, StoragePoisoned
 
 Body = Callable[[ChildContext], None]
 
@@ -90,6 +91,10 @@ def _exit_code_of(error: BaseException) -> int:
     if isinstance(error, ConfigError):
         _logger.error("%s", error)
         return ExitCode.CANNOT_BOOT
+    if isinstance(error, StorageError):
+        _logger.error("%s", error)
+        # What a disk does not give now it may give later; a directory that may not be touched stays so.
+        return ExitCode.DISK_FAILED if isinstance(error, (StoragePoisoned, StorageFull)) else ExitCode.DATA_DIR_REFUSED
     if getattr(error, "errno", None) == errno.EADDRINUSE:  # an OSError or a ZMQError, which is none
         _logger.error("%s", error)
         return ExitCode.ADDRESS_IN_USE

@@ -43,6 +43,8 @@ from raftfleet.wire import ipc
 logger = logging.getLogger(__name__)
 
 MEMORY_NAME = "founding"
+DISK_HUNG_US = 2_000_000
+"""A shard that waits for its disk for longer is named: most fdatasyncs take a fraction of a millisecond."""
 SWEEP_US = 1_000_000
 LAST_REPLIES_US = 200_000
 
@@ -53,14 +55,14 @@ def address_instance(address: Address) -> int:
 
 
 class MemoryFile:
-    """What this node must remember across its own death (``founding`` in the run directory).
+    """What this node must remember across its own death: ``founding`` in the data directory, else the run directory.
 
     Layout: CRC32 of the rest, 4 bytes big-endian; then :meth:`Memory.pack`. Replaced as a whole: written beside,
     synced, renamed, the directory synced.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / MEMORY_NAME
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / MEMORY_NAME
 
     def load(self) -> Memory:
         """The memory, or a new one if there is no file.
@@ -118,7 +120,7 @@ class ManagerProcess:
                 "this node's own public key %s is not in %s: nodes with the same list refuse it",
                 *(self.keys.public_key, config.curve_public_keys_file),
             )
-        self.memory_file = MemoryFile(config.run_dir)
+        self.memory_file = MemoryFile(config.data_dir or config.run_dir)
         self.core = ManagerCore(
             ManagerSettings(
                 name=config.name,
@@ -138,6 +140,7 @@ class ManagerProcess:
         self.stopping = False
         self.ready_said = False
         self.sweep_us = 0
+        self.hung: set[int] = set()  # shards that wait for their disks
         self.addresses: dict[int, Address] = {}  # of managers, by their instance
         self.peer_keys: dict[Address, str] = {}  # by which each is connected, known or under trial
         self.key_turns: dict[Address, int] = {}  # how far the list was tried
@@ -205,7 +208,7 @@ class ManagerProcess:
             self._iterate()
         sd_notify("STOPPING=1")
         self._send_last_replies()
-        if self.core.is_alone:
+        if self.core.is_alone and self.context.config.data_dir is None:
             self.memory_file.remove()
 
     def _iterate(self) -> None:
@@ -227,6 +230,7 @@ class ManagerProcess:
             self.sweep_us = now_us + SWEEP_US
             self.clients.sweep(now_us)
             self._tell_systemd()
+            self._look_at_disks(now_us)
         self._carry_out(now_us)
 
     def _timeout_us(self) -> int:
@@ -329,11 +333,24 @@ class ManagerProcess:
     def _tell_systemd(self) -> None:
         sd_notify(f"STATUS={self.core.node_state}{': ' if self.core.status_text else ''}{self.core.status_text}")
 
+    def _look_at_disks(self, now_us: int) -> None:
+        """A shard that hangs on its disk cannot say so itself. What it leads goes elsewhere: its beats have stopped."""
+        for index, row in enumerate(self.context.children.shards):
+            waits_us = now_us - row.disk_since_us if row.disk_since_us and row.pid else 0
+            if waits_us > DISK_HUNG_US and index not in self.hung:
+                self.hung.add(index)
+                logger.error("shard %d has been waiting for its disk for %.1f s: it hangs", index, waits_us / 1e6)
+            elif not waits_us and index in self.hung:
+                self.hung.discard(index)
+                logger.info("shard %d's disk answers again", index)
+
     def _add_processes(self, status: dict[str, Any]) -> None:
         """Complete an answer to ``status`` by what the operating system knows."""
         for worker in status["workers"]:
             row = self.context.children.shard(worker["index"])
             worker.update(pid=row.pid, restarts=row.restarts, cpu_percent=0.0, rss_bytes=0)
+            if worker["disk"] is not None and worker["index"] in self.hung:
+                worker["disk"] = {**worker["disk"], "state": "hung"}
             try:
                 process = self.processes.get(row.pid)
                 if process is None:

@@ -1,7 +1,12 @@
 """The body of a worker process: one loop around :class:`raftfleet.fleet.host.Host`.
 
-An iteration: **drain** all that can be read, **step** the host, **send** one frame per peer, **apply**, **reply** with
-one frame per client (DESIGN 4). Nothing waits for company: a batch is what came while the last iteration ran.
+An iteration: **drain** all that can be read, **step** the host, **send** one frame per peer, **persist**, send what
+waited for that, **apply**, **reply** with one frame per client (DESIGN 4). Nothing waits for company: a batch is what
+came while the last iteration ran. Without ``--data-dir`` there is nothing to persist and one sending.
+
+The disk is waited for here, in the loop: one fdatasync for all groups is the least latency, and a disk that hangs
+silences this worker's beats, so that its leaderships go elsewhere by themselves. What fails for good (DESIGN 5.14) ends
+this process: it tells those it led that it leads no more, and nothing else; the next one reads the disk again.
 
 While a user's code runs for long, SIGALRM keeps the links alive: its handler runs between two bytecodes of that code,
 in this same thread, and exchanges beats and nothing else (:meth:`raftfleet.core.shard.Shard.pulse`). So a command that
@@ -20,20 +25,26 @@ import time
 from types import FrameType
 from typing import Any
 
+from raftfleet.core.durable import DurableShard
 from raftfleet.core.member import Member
+from raftfleet.core.messages import STEP_DOWN
 from raftfleet.fleet.host import Host, HostSettings, Outputs
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
+from raftfleet.node.data_dir import retire_shard, shard_dir
 from raftfleet.node.exit_codes import ExitCode
 from raftfleet.node.leader_table import RegionWriter
 from raftfleet.node.machines import MachineLoader
+from raftfleet.storage.base import RecoveredShard, StorageLocked, StoragePoisoned
+from raftfleet.storage.keeper import Keeper, load_state, open_keeper
 from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
 from raftfleet.transport.peers import PeerSockets
 from raftfleet.transport.poller import Poller
 from raftfleet.transport.unix import UnixServer
 from raftfleet.transport.unix_client import UnixChannel
 from raftfleet.wire.ipc import PROTOCOL
+from raftfleet.workers.snapshot_child import SnapshotChild
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +52,7 @@ SLOW_COMMAND_US = 500_000
 """User code that runs longer is named in the log."""
 BACKLOG_FRAMES_MAX = 4096
 WAIT_US_MAX = 1_000_000
+LOCK_WAIT_US = 5_000_000
 DRAIN_US = 1_500_000
 """At SIGTERM: time to hand leaderships over."""
 
@@ -64,7 +76,8 @@ class Worker:
         config = context.config
         self.context = context
         self.index = context.index
-        self.instance = secrets.randbits(62) + 1
+        self.keeper, found = open_data(context)
+        self.instance = found.instance if found is not None else secrets.randbits(62) + 1
         keys, allowed = node_keys(config)
         host_name, port = config.shard_address(context.index)
         self.poller = Poller()
@@ -83,8 +96,9 @@ class Worker:
             ),
             random.Random(secrets.randbits(64)),
             MachineLoader(config.app_dirs),
+            self.keeper,
         )
-        self.host.shard.user_code_watch = self._watch_user_code
+        self.snapshots: SnapshotChild | None = None
         self.table = RegionWriter(config.run_dir, context.index)
         self.clients = UnixServer(
             rundir.shard_socket(config.run_dir, context.index),
@@ -113,6 +127,28 @@ class Worker:
         self.user_code_since_us = 0
         self.sweep_us = 0
         self.exit_fresh = False
+        if self.keeper is not None and found is not None:
+            self._take_disk(self.keeper, found)
+        self.host.shard.user_code_watch = self._watch_user_code
+
+    def _take_disk(self, keeper: Keeper, found: RecoveredShard) -> None:
+        """Bring back what lies on the disk, before the first message is read."""
+        shard = self.host.shard
+        assert isinstance(shard, DurableShard)
+        keeper.shard = shard
+        keeper.watch = self._watch_disk
+        self.snapshots = SnapshotChild(keeper, self.poller)
+        keeper.begin_snapshot = self.snapshots.begin
+        started_us = monotonic_us()
+        self.host.begin(started_us, wall_us())
+        self.host.restore(found, lambda info: load_state(keeper.store, info))
+        logger.info(
+            "%s: %d members are back after %.1f s (instance %d)",
+            *(keeper.store.path, len(shard.members), (monotonic_us() - started_us) / 1e6, self.instance),
+        )
+
+    def _watch_disk(self, waits: bool) -> None:
+        self.context.children.write_disk_since(self.index, monotonic_us() if waits else 0)
 
     def _welcome(self) -> dict[str, Any]:
         return {
@@ -136,11 +172,23 @@ class Worker:
         try:
             while not self._is_done():
                 self._iterate()
+            self.host.begin(monotonic_us(), wall_us())
+            self.host.step_down_all()
+            self._carry_out()
+        except StoragePoisoned:
+            self._give_up()
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        self.host.begin(monotonic_us(), wall_us())
-        self.host.step_down_all()
-        self._carry_out()
+        self._wait_for_queues()
+
+    def _give_up(self) -> None:
+        """The disk failed. Whoever waits for an answer learns from the broken connection that it is not known."""
+        shard = self.host.shard
+        for member in list(shard.members.values()):
+            member.step_down()
+        for peer, messages in shard.take_sends().items():
+            self.peers.send(peer, [message for message in messages if message[0] == STEP_DOWN])
         self._wait_for_queues()
 
     def _is_done(self) -> bool:
@@ -179,6 +227,8 @@ class Worker:
             self.sweep_us = now_us + WAIT_US_MAX
             self.clients.sweep(now_us)
             self.table.follow()
+            if self.snapshots is not None:
+                self.snapshots.tick(now_us)
         self._carry_out()
 
     def _carry_out(self) -> None:
@@ -186,6 +236,8 @@ class Worker:
         host.flush()
         for peer, messages in host.collect_sends().items():
             self.peers.send(peer, messages)
+        if self.keeper is not None:
+            self._persist(self.keeper)
         host.apply()
         out = host.settle(monotonic_us())
         if out.replies:
@@ -194,9 +246,24 @@ class Worker:
             self.clients.flush()
         if host.fleet_id and not self.fleet_set:
             self.fleet_set = True
+            if self.keeper is not None:
+                self.keeper.store.set_fleet(host.fleet_id)  # before anything of that fleet is heard
             self.peers.set_fleet(host.fleet_id)
         if out.table or out.addresses or out.forgotten or out.upcalls or out.notes or out.exit_fresh:
             self._carry_out_the_rest(out)
+
+    def _persist(self, keeper: Keeper) -> None:
+        now_us = keeper.now_us = monotonic_us()
+        for peer, messages in self.host.persist().items():
+            self.peers.send(peer, messages)
+        if self.host.has_work or self.backlog or self.peers.pending():
+            keeper.work(now_us)
+        else:
+            keeper.rest(now_us)
+        if keeper.notes:
+            notes, keeper.notes = keeper.notes, []
+            for level, text in notes:
+                logger.log(getattr(logging, level.upper()), "%s", text)
 
     def _carry_out_the_rest(self, out: Outputs) -> None:
         for instance, (endpoint, public_key) in out.addresses.items():
@@ -226,6 +293,8 @@ class Worker:
             feed_us = self.feed.next_deadline_us()
             if feed_us is not None and feed_us < deadline_us:
                 deadline_us = feed_us
+        if self.keeper is not None:
+            deadline_us = min(deadline_us, self.keeper.next_deadline_us())
         if self.stopping_us:
             deadline_us = min(deadline_us, now_us + 10_000)
         return max(0, min(deadline_us - now_us, WAIT_US_MAX))
@@ -238,6 +307,12 @@ class Worker:
 
     def close(self) -> None:
         """Close everything that is open."""
+        if self.snapshots is not None:
+            self.snapshots.close()
+        if self.keeper is not None:
+            self.keeper.close()
+            if self.exit_fresh:
+                self._retire()
         if self.feed is not None:
             self.feed.close()
         self.clients.close()
@@ -246,6 +321,15 @@ class Worker:
         self.peers.close()
         self.table.close()
         self.poller.close()
+
+    def _retire(self) -> None:
+        """This instance has left its fleet for good: what it held is put aside, and the next one begins empty."""
+        data_dir = self.context.config.data_dir
+        assert data_dir is not None
+        put_at = retire_shard(data_dir, self.index, self.instance)
+        logger.warning(
+            "instance %d has left its fleet; what it held is in %s until the next time", self.instance, put_at
+        )
 
     # ------------------------------------------------------------------ what wakes the loop
 
@@ -322,6 +406,35 @@ class Worker:
             sends.setdefault(peer, []).extend(messages)
         for peer, messages in sends.items():
             self.peers.send(peer, messages)
+
+
+def open_data(context: ChildContext) -> tuple[Keeper | None, RecoveredShard | None]:
+    """This worker's part of the data directory and what lies there; None without ``--data-dir``.
+
+    Raises:
+        StorageError: it cannot be used; boot turns it into an exit code.
+    """
+    config = context.config
+    if config.data_dir is None:
+        return None, None
+    path = str(shard_dir(config.data_dir, context.index))
+    deadline_us = monotonic_us() + LOCK_WAIT_US
+    while True:
+        try:
+            keeper, found = open_keeper(path, node=config.name, new_instance=secrets.randbits(62) + 1)
+            break
+        except StorageLocked:  # a child that the former worker forked for a snapshot dies with it, but not before it
+            if monotonic_us() > deadline_us:
+                raise
+            time.sleep(0.02)
+    if found.created:
+        had_data = (config.data_dir / "founding").exists()
+        level = logging.WARNING if had_data else logging.INFO
+        lost = "; what this node once held there is lost, and its groups bring it here again" if had_data else ""
+        logger.log(level, "%s was empty: this shard is a new instance, %d%s", path, found.instance, lost)
+    if found.cut_bytes:
+        logger.info("%s: %d bytes of a write that was never finished were cut", path, found.cut_bytes)
+    return keeper, found
 
 
 def _nothing(_mask: int) -> None:

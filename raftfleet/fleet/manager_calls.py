@@ -129,6 +129,7 @@ class ManagerCalls(ManagerRepair):
                     "instance": shard.instance,
                     "members": shard.info.get("members", 0),
                     "leaders": shard.info.get("leaders", 0),
+                    "disk": shard.info.get("disk"),
                 }
                 for index, shard in enumerate(self.shards)
             ],

@@ -62,8 +62,8 @@ class ManagerPings(ManagerState):
         self._outputs.append(Send(address, Ping(PING, seq, self.record, self.fleet)))
 
     def _on_ping(self, message: Ping) -> None:
-        if not self.is_ready:
-            return
+        if not self.is_ready or (not self.fleet and any(shard.fleet for shard in self.shards)):
+            return  # not before it knows what it is: its shards may be in a fleet that it enters with the next tick
         sender = message.sender
         removed: tuple[int, ...] = ()
         if self.fleet:

@@ -49,8 +49,11 @@ class ManagerRemoval(ManagerRpcs):
                 self._propose(["remove_node", name, "purged", list(node.instances)])
 
     def _consider_abandoning(self) -> None:
-        """Leave a fleet that is empty and whose voters are provably gone for more than its quorum can spare."""
-        if self.state is not None and self.state.counter:
+        """Leave a fleet that is empty and whose voters are provably gone for more than its quorum can spare.
+
+        Not with data on a disk: leaving gives them up, and what is gone there may be brought back by an operator.
+        """
+        if self.settings.durable or (self.state is not None and self.state.counter):
             if not self._trouble:
                 self._trouble = (
                     "the fleet group has no leader: start the nodes that are missing, or, if they are gone for good, "

@@ -117,7 +117,7 @@ def print_status(status: Mapping[str, Any]) -> None:
     for name, since in sorted(status.get("unreachable", {}).items()):
         click.echo(f"unreachable: {name}, since {_clock(since)}")
     print_table(
-        ("WORKER", "PID", "MEMBERS", "LEADERS", "CPU %", "MEMORY", "RESTARTS"),
+        ("WORKER", "PID", "MEMBERS", "LEADERS", "CPU %", "MEMORY", "RESTARTS", "DISK"),
         (
             (
                 worker["index"],
@@ -127,6 +127,7 @@ def print_status(status: Mapping[str, Any]) -> None:
                 f"{worker['cpu_percent']:.1f}",
                 _size(worker["rss_bytes"]),
                 worker["restarts"],
+                (worker.get("disk") or {}).get("state", "-"),
             )
             for worker in status["workers"]
         ),

@@ -38,7 +38,6 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 WORKERS_MAX = 1024  # slots of the leader table are laid out per worker; far above the CPUs of one machine
 NAME_BYTES_MAX = 255
-DURABLE_STORAGE = False  # whether this version can keep its promise for --data-dir
 
 
 def usable_cpu_count() -> int:
@@ -156,8 +155,8 @@ class NodeConfig:
                 f"run_dir: {longest} is longer than the {rundir.SOCKET_PATH_BYTES_MAX} bytes a Unix socket's path "
                 f"may have; choose a shorter --run-dir"
             )
-        if self.data_dir is not None and not DURABLE_STORAGE:
-            raise ConfigError("data_dir: this version keeps groups in memory only and would lose them; leave it out")
+        if self.data_dir is not None and (self.data_dir == self.run_dir or self.data_dir in self.run_dir.parents):
+            raise ConfigError(f"data_dir: {self.data_dir} holds the run_dir, {self.run_dir}: keep the two apart")
 
     def check_files(self) -> NodeConfig:
         """Return itself, or raise ConfigError if a file or folder that an option names is of no use."""

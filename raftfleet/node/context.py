@@ -1,9 +1,9 @@
 """What a child process of a node is given by its supervisor: who it is, and the table of its siblings.
 
 The table is one anonymous shared mapping that the supervisor makes before the first fork. It is written by the
-supervisor only and read by every child (``status`` shows it); a row is three 64-bit words, each written by one copy of
-eight aligned bytes, so that a reader sees the old word or the new one. A row as a whole may be seen half-updated for
-an instant: it is for people, nothing is decided by it.
+supervisor and, the last word of its own row, by each shard; every child reads it (``status`` shows it). A row is four
+64-bit words, each written by one copy of eight aligned bytes, so that a reader sees the old word or the new one. A row
+as a whole may be seen half-updated for an instant: it is for people, nothing is decided by it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raftfleet.node.config import NodeConfig
 
 Role = Literal["manager", "shard"]
 
-_ROW_WORDS = 3
+_ROW_WORDS = 4
 _WORD_BYTES = 8
 
 
@@ -30,11 +30,13 @@ class ChildRow(NamedTuple):
         pid: 0 while none runs.
         restarts: how often it was started again since the node started.
         started_us: monotonic microseconds of its last start.
+        disk_since_us: since when it has been waiting for its disk, by its own word; 0 if it is not.
     """
 
     pid: int
     restarts: int
     started_us: int
+    disk_since_us: int
 
 
 class ChildTable:
@@ -61,14 +63,18 @@ class ChildTable:
 
     def write(self, row: int, *, pid: int, restarts: int, started_us: int) -> None:
         """Supervisor only. Row 0 is the manager, row 1 + i shard i."""
-        for offset, value in enumerate((pid, restarts, started_us)):
+        for offset, value in enumerate((pid, restarts, started_us, 0)):
             self._words[row * _ROW_WORDS + offset] = value
+
+    def write_disk_since(self, index: int, since_us: int) -> None:
+        """Shard ``index`` only, about itself."""
+        self._words[(1 + index) * _ROW_WORDS + 3] = since_us
 
     def _row(self, row: int) -> ChildRow:
         if not 0 <= row < self._rows_count:
             raise IndexError(f"row {row} of {self._rows_count}")
         first = row * _ROW_WORDS
-        return ChildRow(self._words[first], self._words[first + 1], self._words[first + 2])
+        return ChildRow(*self._words[first : first + _ROW_WORDS])
 
     def close(self) -> None:
         """Give the mapping back, in this process only."""

@@ -30,6 +30,8 @@ class ExitCode(IntEnum):
     ADDRESS_IN_USE = 6, "an address to listen on is taken by another process"
     RUN_DIR_BUSY = 7, "another node runs in this run directory"
     SUPERVISOR_GONE = 8, "the supervisor was gone before the child had started"
+    DATA_DIR_REFUSED = 9, "the data directory is another's, in use, newer than this version, or beyond reading"
+    DISK_FAILED = 10, "a write to the data directory failed; the next start reads again what is there"
 
 
 def describe_status(status: int) -> str:

@@ -5,8 +5,8 @@ This module does not know about processes or clocks: exits come in, decisions co
 Rules:
 
 * A child that asks for a fresh start (``RESTART_FRESH``) gets it at once; it is not counted.
-* A child that says that it cannot boot is believed: the node ends. So it is with an address in use at the child's first
-  start; later, the address was its own a moment ago, and the reason may pass.
+* A child that says that it cannot boot, or may not use its data, is believed: the node ends. So it is with an address
+  in use at the child's first start; later, the address was its own a moment ago, and the reason may pass.
 * Every other end is counted, a clean exit too: nobody had asked for it. The child is started again after a delay that
   doubles from one end to the next and starts over when the child has lived long enough to be called healthy.
 * More than a budget of counted ends within a window: the node ends, with a code of its own. A service manager may
@@ -86,8 +86,9 @@ class RestartPolicy:
         is_first_life, self._ended_before = not self._ended_before, True
         if status == ExitCode.RESTART_FRESH and lived_us >= limits.fresh_life_us:
             return StartAgain(now_us, counted=False)
-        if status == ExitCode.CANNOT_BOOT:
-            return GiveUp(ExitCode.CANNOT_BOOT, f"{self._title} {describe_status(status)}")
+        if status in (ExitCode.CANNOT_BOOT, ExitCode.DATA_DIR_REFUSED):
+            code = ExitCode.CANNOT_BOOT if status == ExitCode.CANNOT_BOOT else ExitCode.DATA_DIR_REFUSED
+            return GiveUp(code, f"{self._title} {describe_status(status)}")
         if status == ExitCode.ADDRESS_IN_USE and is_first_life:
             return GiveUp(ExitCode.ADDRESS_IN_USE, f"{self._title} {describe_status(status)}")
         if lived_us >= limits.healthy_us:

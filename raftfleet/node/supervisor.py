@@ -34,6 +34,7 @@ from raftfleet.errors import NodeError
 from raftfleet.node import leader_table, logs, rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, ChildTable, Role, monotonic_us
+from raftfleet.node.data_dir import DataDir, DataDirRefused
 from raftfleet.node.exit_codes import ExitCode, describe_status
 from raftfleet.node.restart import GiveUp, RestartLimits, RestartPolicy
 from raftfleet.workers import boot
@@ -103,7 +104,16 @@ def run(
         except rundir.RunDirBusy as error:
             _logger.error("%s", error)
             return ExitCode.RUN_DIR_BUSY
+        data_dir: DataDir | None = None
         try:
+            if config.data_dir is not None:
+                try:
+                    data_dir = DataDir.acquire(config.data_dir, node=config.name, workers=config.workers)
+                except DataDirRefused as error:
+                    _logger.error("%s", error)
+                    return ExitCode.DATA_DIR_REFUSED
+            else:
+                _logger.info("groups live in memory: they are lost with the majority of their members' processes")
             table = make_table(run_dir.path, config)
             # For good: who asks again while the node ends, to the last moment of its process, has what he wanted, and
             # it must not look like a death by signal.
@@ -113,6 +123,8 @@ def run(
             finally:
                 table.close()
         finally:
+            if data_dir is not None:
+                data_dir.release()
             run_dir.release()
     finally:
         signal.signal(signal.SIGCHLD, previous_child_handler)

@@ -85,7 +85,7 @@ class LocalNode:
         run_dir: the node's run directory: ``raftfleet.connect(node.run_dir)``.
         log_path: stderr and stdout of all its processes, appended to over restarts.
         peers: endpoints given as ``--peers``.
-        options: further command line options, as given to :meth:`LocalFleet.start_node`.
+        options: further command line options, as given to :meth:`LocalFleet.start_node`; ``data_dir`` if it is durable.
         process: the supervisor; None before the first start and after the node ended.
     """
 
@@ -133,6 +133,8 @@ class LocalFleet:
         app_dirs: folders from which the nodes import state machines (``--app-dir``).
         options: command line options for every node, by name without dashes and with underscores
             (``{"beat_interval": 0.05}`` gives ``--beat-interval 0.05``; True gives a bare flag; a list repeats it).
+        durable: every node keeps its groups in a data directory of its own, under the fleet's temporary folder, and
+            finds them there when it is started again.
         environ: variables for the nodes' environment, in addition to this process's own. RAFTFLEET_… variables of
             this process are not passed on: a developer's own node must not leak into a test.
         show_logs: show the ends of the logs on stderr when the block is left by an exception.
@@ -143,12 +145,14 @@ class LocalFleet:
         *,
         app_dirs: Iterable[str | os.PathLike[str]] = (),
         options: Mapping[str, Any] | None = None,
+        durable: bool = False,
         environ: Mapping[str, str] | None = None,
         show_logs: bool = True,
     ) -> None:
         self.nodes: dict[str, LocalNode] = {}
         self.app_dirs = [Path(path).resolve() for path in app_dirs]
         self._options = dict(options or {})
+        self._durable = durable
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("RAFTFLEET_")}
         self._environ.update(environ or {})
         self._show_logs = show_logs
@@ -221,6 +225,8 @@ class LocalFleet:
         """Give a node its ports and folders without starting it; arguments as for :meth:`start_node`."""
         if name in self.nodes:
             raise ValueError(f"there is a node {name} already: restart_node() starts one that ended once more")
+        if self._durable:
+            options.setdefault("data_dir", self.folder / f"{name}.data")
         node = LocalNode(
             name=name,
             zone=zone,

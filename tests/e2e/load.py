@@ -34,7 +34,7 @@ class Load:
     All run in one thread with an event loop. They go through the nodes named by ``via``, each increment through one at
     random; a test takes a node out (:meth:`leave`) before it stops or kills it, since a real client would live on
     that machine and go with it. ``groups`` may say what each counter holds already; 0 if not. A client that gives up
-    or sees a wrong number is noted in :attr:`wrong` and ends.
+    or sees a wrong number is noted in :attr:`wrong` and ends. ``retry``: how often a call is tried again.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class Load:
         via: Iterable[str],
         *,
         pause_s_max: float = 0.3,
+        retry: int = 10,
     ) -> None:
         self._fleet = fleet
         self._via = list(via)
         self._pause_s_max = pause_s_max
+        self._retry = retry
         self._clients: dict[str, Any] = {}
         self._under_way: Counter[str] = Counter()
         self._stop = threading.Event()
@@ -130,7 +132,7 @@ class Load:
             expected = self.counts[group]
             self._under_way[node] += 1
             try:
-                seen = await self._clients[node].command(group, "inc", retry=10)
+                seen = await self._clients[node].command(group, "inc", retry=self._retry)
             except RaftFleetError as error:
                 self.wrong.append(f"{group}, increment {expected + 1} via {node}: {type(error).__name__}: {error}")
                 return

@@ -53,6 +53,7 @@ def test_every_field_can_be_given_by_flag_variable_and_file(tmp_path: Path) -> N
         "bind": "10.0.0.1:7400",
         "peers": "10.0.0.1:7400,[fd00::2]:7400",
         "workers": "3",
+        "data-dir": "/tmp/rf-data",
         "run-dir": "/tmp/rf",
         "app-dir": str(tmp_path),
         "socket-group": "root",
@@ -64,11 +65,9 @@ def test_every_field_can_be_given_by_flag_variable_and_file(tmp_path: Path) -> N
         "log-level": "debug",
         "log-format": "json",
     }
-    assert {source.flag[2:] for source in config.SOURCES} - {"data-dir"} == set(values)
+    assert {source.flag[2:] for source in config.SOURCES} == set(values)
     assert {source.field for source in config.SOURCES} == {field.name for field in dataclasses.fields(NodeConfig)}
-    by_flag = load(
-        {source.field: values[source.flag[2:]] for source in config.SOURCES if source.flag != "--data-dir"}, {}
-    )
+    by_flag = load({source.field: values[source.flag[2:]] for source in config.SOURCES}, {})
     by_variable = load({}, {"RAFTFLEET_" + key.upper().replace("-", "_"): value for key, value in values.items()})
     by_file = load({}, {}, write(tmp_path, "\n".join(f'{key} = "{value}"' for key, value in values.items())))
     assert by_flag == by_variable == by_file
@@ -120,7 +119,7 @@ def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         ({"insecure": "perhaps"}, "--insecure: yes or no"),
         ({"app_dirs": ["/no/such/folder"]}, "app_dirs: /no/such/folder is not a folder"),
         ({"run_dir": "/tmp/" + "d" * 100}, "choose a shorter --run-dir"),
-        ({"data_dir": "/tmp/data"}, "in memory only"),
+        ({"data_dir": "/tmp/data", "run_dir": "/tmp/data/run"}, "keep the two apart"),
         ({"curve_secret_file": "/tmp/x"}, "go together"),
         ({"socket_group": "no-such-group-here"}, "no group 'no-such-group-here'"),
         ({"nonsense": 1}, "no such option: nonsense"),

@@ -79,11 +79,16 @@ def test_a_child_that_only_asks_for_fresh_starts_is_counted(policy: RestartPolic
     assert isinstance(decisions[-1], GiveUp)
 
 
-def test_a_child_that_cannot_boot_is_believed_at_any_time(policy: RestartPolicy) -> None:
+@pytest.mark.parametrize("code", [ExitCode.CANNOT_BOOT, ExitCode.DATA_DIR_REFUSED])
+def test_a_child_that_cannot_boot_is_believed_at_any_time(policy: RestartPolicy, code: ExitCode) -> None:
     ended(policy, 0, lived_us=20_000)
-    decision = ended(policy, 30_000, lived_us=20_000, status=ExitCode.CANNOT_BOOT)
+    decision = ended(policy, 30_000, lived_us=20_000, status=code)
     assert isinstance(decision, GiveUp)
-    assert decision.code == ExitCode.CANNOT_BOOT
+    assert decision.code == code
+
+
+def test_a_child_whose_disk_failed_is_started_again(policy: RestartPolicy) -> None:
+    assert isinstance(ended(policy, 30_000, lived_us=20_000, status=ExitCode.DISK_FAILED), StartAgain)
 
 
 def test_an_address_in_use_at_the_first_start_ends_the_node(policy: RestartPolicy) -> None:

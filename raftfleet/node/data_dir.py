@@ -1,0 +1,207 @@
+"""A node's data directory: whose it is, that only one node uses it, and where each process finds its part.
+
+::
+
+    DIR/LOCK                 flock, held by the supervisor and, through it, by each of its children
+    DIR/layout               what the directory is (JSON): its format, the node's name, its number of shards
+    DIR/founding             what the manager must remember (raftfleet.workers.manager)
+    DIR/shard-0 ...          one per shard (raftfleet.storage.store)
+    DIR/former/shard-I-N     what instance N of shard I held when the node left its fleet; only the newest per shard
+
+Everything is checked before the first child starts, and nothing is changed in a directory that is refused. A shard's
+own directory says besides which node and fleet it belongs to: one that was swapped with another node's is refused when
+the shard opens it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+from raftfleet.errors import NodeError
+
+FORMAT = 1
+LAYOUT_NAME = "layout"
+LOCK_NAME = "LOCK"
+FORMER_NAME = "former"
+LOCK_WAIT_S = 5.0
+_KNOWN_NAMES = {LAYOUT_NAME, LAYOUT_NAME + ".new", LOCK_NAME, FORMER_NAME, "founding", "founding.new", "lost+found"}
+_SHARD = re.compile(r"shard-(0|[1-9]\d*)")
+
+
+class DataDirRefused(NodeError):
+    """The data directory is not this node's, or is in use. It was left as it is."""
+
+
+def shard_dir(data_dir: Path, index: int) -> Path:
+    """The directory of shard ``index``."""
+    return data_dir / f"shard-{index}"
+
+
+class DataDir:
+    """A data directory that this process has locked."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def acquire(cls, path: Path, *, node: str, workers: int, wait_s: float = LOCK_WAIT_S) -> DataDir:
+        """Create the directory if need be, lock it, and make sure that it is this node's.
+
+        Args:
+            wait_s: how long to wait for the processes of a node that is ending.
+
+        Raises:
+            DataDirRefused: another node's, or in use, or of another shape. Nothing was changed.
+        """
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(path)
+            strange = sorted(
+                name for name in os.listdir(path) if name not in _KNOWN_NAMES and not _SHARD.fullmatch(name)
+            )
+            if strange:
+                raise DataDirRefused(
+                    f"{path} is not a data directory of raftfleet: it holds {', '.join(strange[:3])}; "
+                    "name an empty one, or one of its own"
+                )
+            lock_fd = _lock(path, wait_s)
+            try:
+                _check_layout(path, node, workers)
+            except BaseException:
+                os.close(lock_fd)
+                raise
+        except OSError as error:
+            raise DataDirRefused(f"{path} cannot be used: {error.strerror}") from error
+        return cls(path, lock_fd)
+
+    def release(self) -> None:
+        """Let others use it, once the children are gone too."""
+        os.close(self._lock_fd)
+
+
+def _check_owner(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        raise DataDirRefused(f"{path} belongs to user {status.st_uid}, this process is user {os.geteuid()}")
+    if status.st_mode & 0o022:
+        raise DataDirRefused(
+            f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o}): chmod 700 it, or use another"
+        )
+
+
+def _lock(path: Path, wait_s: float) -> int:
+    lock_fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_fd
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK or time.monotonic() >= deadline:
+                os.close(lock_fd)
+                raise DataDirRefused(f"another node uses {path}: stop it, or choose another --data-dir") from error
+        time.sleep(0.02)
+
+
+# -------------------------------------------------------------------- layout
+
+
+def shard_indexes(path: Path) -> list[int]:
+    """Indexes of the shards that have a directory."""
+    return sorted(int(found[1]) for name in os.listdir(path) if (found := _SHARD.fullmatch(name)))
+
+
+def read_layout(path: Path) -> dict[str, Any] | None:
+    """What the directory says of itself; None if it is new.
+
+    Raises:
+        DataDirRefused: it cannot be read, or a newer version wrote it.
+    """
+    try:
+        text = (path / LAYOUT_NAME).read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        layout = json.loads(text)
+        form, node, workers = layout["format"], layout["node"], layout["workers"]
+        if not (type(form) is int and type(node) is str and type(workers) is int):
+            raise ValueError("a wrong type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataDirRefused(
+            f"{path / LAYOUT_NAME} is damaged ({error}): remove it, and it is made again from what else is there"
+        ) from error
+    if form > FORMAT:
+        raise DataDirRefused(
+            f"{path} was written by a newer raftfleet (format {form}); this version reads up to {FORMAT}"
+        )
+    return {"format": form, "node": node, "workers": workers}
+
+
+def write_layout(path: Path, *, node: str, workers: int) -> None:
+    """Replace what the directory says of itself; durable when this returns."""
+    temporary = path / (LAYOUT_NAME + ".new")
+    with open(temporary, "w", opener=_open_private) as file:
+        json.dump({"format": FORMAT, "node": node, "workers": workers}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path / LAYOUT_NAME)
+    sync_directory(path)
+
+
+def _check_layout(path: Path, node: str, workers: int) -> None:
+    layout = read_layout(path)
+    shards = shard_indexes(path)
+    if layout is None:
+        there = shards[-1] + 1 if shards else workers
+        layout = {"node": node, "workers": there}
+    if layout["node"] != node:
+        raise DataDirRefused(
+            f"{path} belongs to node {layout['node']!r}, this is {node!r}: give --name {layout['node']}, or another "
+            "--data-dir"
+        )
+    if layout["workers"] != workers:
+        raise DataDirRefused(
+            f"{path} was written by {layout['workers']} workers, this node is to have {workers}: give --workers "
+            f"{layout['workers']}"
+        )
+    if read_layout(path) is None:
+        write_layout(path, node=node, workers=workers)
+
+
+# -------------------------------------------------------------------- leaving a fleet
+
+
+def retire_shard(data_dir: Path, index: int, instance: int) -> Path:
+    """Put a shard's directory aside: its instance has left its fleet and must never come back. Durable on return."""
+    former = data_dir / FORMER_NAME
+    former.mkdir(mode=0o700, exist_ok=True)
+    target = former / f"shard-{index}-{instance:016x}"
+    for older in former.glob(f"shard-{index}-*"):
+        shutil.rmtree(older, ignore_errors=True)
+    os.rename(shard_dir(data_dir, index), target)
+    sync_directory(former)
+    sync_directory(data_dir)
+    return target
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
