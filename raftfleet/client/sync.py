@@ -264,7 +264,8 @@ class Fleet:
 
         Returns:
             ``name``, ``uid``, ``leader`` (node or None), ``term``, ``commit``, ``applied``, ``last_index``, ``state``
-            and ``members``, a list of dicts with ``node``, ``instance``, ``role``, ``match`` and ``unresponsive``.
+            and ``members``, a list of dicts with ``node``, ``instance``, ``role``, ``match``, ``unresponsive`` and
+            ``diverged`` (its state differs from what a quorum agrees on, as of the check at ``checked_index``).
 
         Raises:
             GroupNotFound: there is none of that name.

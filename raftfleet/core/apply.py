@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from raftfleet.core import divergence, versions
 from raftfleet.core import sessions as session_rules
-from raftfleet.core import versions
 from raftfleet.core.codes import BAD_REQUEST, COMMAND_FAILED, OK
 from raftfleet.core.failures import describe, failure_body, pack_result
-from raftfleet.core.messages import COMMANDS, CONFIG, VERSION
+from raftfleet.core.messages import CHECK, COMMANDS, CONFIG, VERSION
 from raftfleet.core.sessions import Session
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ def apply_committed(member: Member) -> None:
         elif entry.kind == VERSION and not versions.apply_version(member, entry):
             member.shard.stop_member(member)
             return
+        elif entry.kind == CHECK:
+            divergence.on_check(member, index, entry)
         member.applied = index
+    if member.lead is not None:
+        divergence.applied_as_leader(member)
     kept = member.config.log_entries_kept
     if member.applied - log.snapshot_index >= 2 * kept:
         log.compact_to(member.applied - kept)

@@ -27,6 +27,9 @@ class GroupConfig:
         command_bytes_max: largest packed argument of a command, in bytes.
         log_entries_kept: entries kept behind the applied ones for followers that lag; older ones need a snapshot.
         session_count_max: clients remembered at a time; more are refused as overloaded.
+        divergence_check_entries: batches of commands after which members compare digests of what they have come to;
+            0: never. See :mod:`raftfleet.core.divergence`.
+        divergence_state_bytes_max: states whose digest (the dump, by default) is larger are not looked at.
         machine_version: the state machine's version that the group begins as; None: the highest that all nodes of its
             first members support. It rises by itself when all members support more.
     """
@@ -40,6 +43,8 @@ class GroupConfig:
     command_bytes_max: int = 1 << 20
     log_entries_kept: int = 1024
     session_count_max: int = 100_000
+    divergence_check_entries: int = 1000
+    divergence_state_bytes_max: int = 1 << 20
     machine_version: int | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +63,8 @@ class GroupConfig:
             raise ValueError(f"on_majority_loss is one of {', '.join(ON_MAJORITY_LOSS)}, not {self.on_majority_loss!r}")
         _check_range("command_bytes_max", self.command_bytes_max, 1, 8 << 20, whole=True)
         _check_range("log_entries_kept", self.log_entries_kept, 1, 10_000_000, whole=True)
+        _check_range("divergence_check_entries", self.divergence_check_entries, 0, 1_000_000_000, whole=True)
+        _check_range("divergence_state_bytes_max", self.divergence_state_bytes_max, 0, 1 << 30, whole=True)
         _check_range("session_count_max", self.session_count_max, 1, 100_000_000, whole=True)
         if self.machine_version is not None:
             _check_range("machine_version", self.machine_version, 1, VERSION_MAX, whole=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raftfleet.core import change, own_log, roles
+from raftfleet.core import change, divergence, own_log, roles
 from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.leading import Leading
 from raftfleet.core.messages import GONE, NOOP, TIMEOUT_NOW, VOTE, VOTE_ANSWER, Gone, TimeoutNow, Vote, VoteAnswer
@@ -139,6 +139,8 @@ def _start_leading(member: Member) -> None:
         progress.led = True
         progress.led_seq = shard.link(peer).lead(member)
     lead.noop_index = own_log.append(member, NOOP, b"")
+    if member.is_quarantined:
+        divergence.begin_to_lead(member, lead)
     shard.event("elected", member.uid, member.term)
     shard.set_dirty(member)
 
@@ -163,5 +165,5 @@ def transfer(member: Member, target: int) -> None:
 
 def on_timeout_now(member: Member, sender: int, m: TimeoutNow) -> None:
     """The leader hands over (thesis 3.10)."""
-    if m.term == member.term and sender == member.leader and not member.is_learner:
+    if m.term == member.term and sender == member.leader and not member.is_learner and not member.is_quarantined:
         member.campaign(pre=False, transfer=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raftfleet.core import repair, roles
+from raftfleet.core import divergence, repair, roles
 from raftfleet.core.messages import VOTE, Vote
 from raftfleet.core.roles import NEVER_US
 
@@ -74,7 +74,7 @@ def timer_due(member: Member) -> None:
             _ask_whether_removed(member)
         roles.wait_to_campaign(member)
         return
-    if repair.try_recovery(member):
+    if repair.try_recovery(member) or divergence.gives_way(member):
         roles.wait_to_campaign(member)
         return
     member.campaign(pre=True)

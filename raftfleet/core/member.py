@@ -22,8 +22,9 @@ functions that take the member; the table in the class names them all. They stan
     roles         term and role           change       one member at a time
     own_log       entries, commit index   replication  the leader's appends and what comes back
     apply         user code, hooks        reads        ReadIndex, lease
-    liveness      who follows since when  election     campaign, votes, handing over
-    snapshots     make, send, install     repair       a majority lost for good
+    divergence    do replicas differ?     election     campaign, votes, handing over
+    liveness      who follows since when  repair       a majority lost for good
+    snapshots     make, send, install
                                           leaderless   the timer, the loss of a leader
 
 Functions, not a line of base classes as in the host: each part hands the member itself to the shard and to links, and a
@@ -44,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 from raftfleet.core import (
     apply,
     change,
+    divergence,
     election,
     leaderless,
     liveness,
@@ -62,6 +64,7 @@ from raftfleet.core.sessions import Sessions
 
 if TYPE_CHECKING:
     from raftfleet.core.config import GroupConfig
+    from raftfleet.core.divergence import Audit
     from raftfleet.core.leading import Leading
     from raftfleet.core.membership import Membership
     from raftfleet.core.shard import Shard
@@ -73,6 +76,8 @@ class Member:
     __slots__ = (
         "active_version",
         "applied",
+        "audit",
+        "checked_index",
         "commit",
         "config",
         "eager_commit",
@@ -82,6 +87,7 @@ class Member:
         "hook",
         "id",
         "incoming",
+        "is_quarantined",
         "last_time_us",
         "lead",
         "leader",
@@ -127,6 +133,9 @@ class Member:
         self.log = Log()
         self.commit = 0
         self.applied = 0
+        self.checked_index = 0  # of the newest CHECK entry applied, or appended here as leader
+        self.audit: Audit | None = None
+        self.is_quarantined = False  # its state differs from what a quorum agrees on
         self.last_time_us = 0  # of the newest entry applied or appended here as leader
         self.memberships: list[tuple[int, Membership]] = [(0, membership)]
         self.heard_us = NEVER_US  # when a leader was last heard about this very group; outlives following it
@@ -177,6 +186,11 @@ class Member:
         """Index of the last entry."""
         return self.log.last_index
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether a stale read may be answered here."""
+        return self.applied > 0 and not self.is_quarantined
+
     def committed_membership(self) -> tuple[int, Membership]:
         """The newest configuration at or below the commit index, with its index."""
         for index, membership in reversed(self.memberships):
@@ -223,6 +237,9 @@ class Member:
     # apply: the users' code, on what is committed
     apply_committed = apply.apply_committed
     on_established = apply.on_established
+
+    # divergence: do replicas differ?
+    on_digest = divergence.on_digest
 
     # liveness: who follows this leader, and since when
     confirmed_stamp = liveness.confirmed_stamp

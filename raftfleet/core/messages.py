@@ -25,7 +25,9 @@ CONFIG = 2
 """A membership. Data: see :mod:`raftfleet.core.membership`."""
 VERSION = 3
 """From here on the state machine works as this version. Data: msgpack int; see :mod:`raftfleet.core.versions`."""
-ENTRY_KINDS = (NOOP, COMMANDS, CONFIG, VERSION)
+CHECK = 4
+"""Members compare what they have come to. Data: msgpack bool; see :mod:`raftfleet.core.divergence`."""
+ENTRY_KINDS = (NOOP, COMMANDS, CONFIG, VERSION, CHECK)
 
 # Message kinds. Those below 32 concern one group, 32 to 63 a link, 64 and above the hosts (raftfleet.fleet.host).
 APPEND = 1
@@ -41,6 +43,7 @@ RECOVER_QUERY = 10
 RECOVER_ANSWER = 11
 FORCE_CONFIG = 12
 LOST = 13
+DIGEST = 16
 BEAT = 32
 BEAT_ANSWER = 33
 LINK_LIST = 34
@@ -210,6 +213,18 @@ class ForceConfig(NamedTuple):
     dead: list[int]
 
 
+class Digest(NamedTuple):
+    """What the sender's member (this ``life`` of it) had come to at the CHECK entry at ``index``; 0: not known."""
+
+    kind: int
+    uid: int
+    term: int
+    index: int  # type: ignore[assignment]
+    life: int
+    state: int
+    log: int
+
+
 class Beat(NamedTuple):
     """One per interval and link. ``digest``: XOR of the hashes of (uid, term) that the sender leads here."""
 
@@ -264,6 +279,7 @@ MESSAGE_TYPES: dict[int, type] = {
     RECOVER_ANSWER: RecoverAnswer,
     FORCE_CONFIG: ForceConfig,
     LOST: Lost,
+    DIGEST: Digest,
     BEAT: Beat,
     BEAT_ANSWER: BeatAnswer,
     LINK_LIST: LinkList,

@@ -76,7 +76,7 @@ def answer_reads(member: Member) -> bool:
     if lead is None:
         return False
     reads = lead.reads
-    if member.commit < lead.noop_index:
+    if member.commit < lead.noop_index or member.is_quarantined:
         return bool(reads)
     confirmed = member.quorum_stamp()
     lease_until_us = member.lease_until_us()

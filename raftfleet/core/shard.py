@@ -39,6 +39,7 @@ from raftfleet.core.messages import (
     APPEND_ANSWER,
     BEAT,
     BEAT_ANSWER,
+    DIGEST,
     FORCE_CONFIG,
     GONE,
     LINK_LIST,
@@ -164,6 +165,7 @@ class Shard:
             RECOVER_ANSWER: Member.on_recover_answer,
             FORCE_CONFIG: Member.on_force_config,
             LOST: Member.on_lost,
+            DIGEST: Member.on_digest,
         }
         self._link_handlers: dict[int, Callable[[Link, Any], None]] = {
             BEAT: self._on_beat,
@@ -486,7 +488,7 @@ class Shard:
         member = self.members.get(uid)
         if member is None:
             self.reply(token, GONE_UID if self.is_dead(uid) else NOT_LEADER, (0, 0))
-        elif stale:
+        elif stale and not member.is_quarantined:
             self.reply(token, *member.evaluate(arg))
         else:
             member.read(arg, token)

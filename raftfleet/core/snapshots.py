@@ -171,7 +171,7 @@ def take_over(member: Member, index: int, unpacked: Unpacked) -> None:
     member.session_table = unpacked.sessions
     member.active_version = unpacked.version
     member.last_time_us = max(unpacked.time_us, member.last_time_us)
-    member.commit = member.applied = index
+    member.commit = member.applied = member.checked_index = index
 
 
 def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> bool:

@@ -385,10 +385,31 @@ class Host(RestoringLayer):
         elif kind == "disk_full":
             self._next_drain_us = self.now_us + DRAIN_RETRY_US
             self.drain()
+        elif kind == "diverged":
+            self.count("divergences")
+            self._tell_divergence(self._name(uid), *event[2:])
+        elif kind == "quarantined":
+            self.count("quarantined")
+            self.note(
+                "error", f"group {self._name(uid)}: its member here differs and is quarantined until it is rebuilt"
+            )
+        elif kind == "outliers":
+            self._reconcile[uid] = None
+        elif kind == "led_in_quarantine":
+            self.note("error", f"group {self._name(uid)}: led from here for a moment, since no other member could")
         elif kind == "majority_lost":
             self._renew(uid, event[2])
         elif kind == "recovered":
             self.note("warning", f"group {self._name(uid)}: majority lost and declared dead; went on: {event[2]}")
+
+    def _tell_divergence(self, name: str, index: int, instances: tuple[int, ...], has_majority: bool) -> None:
+        nodes = ", ".join(self.settings.node if i == self.instance else self._node_of(i) for i in instances)
+        who = f"those on {nodes} differ from a quorum" if has_majority else f"no quorum agrees: {nodes}"
+        self.note(
+            "error",
+            f"group {name}: members came to different states or results at index {index}; {who}."
+            " Is the state machine deterministic? raftfleet.testing.check_deterministic may tell",
+        )
 
 
 __all__ = ["Host", "HostSettings", "Outputs"]

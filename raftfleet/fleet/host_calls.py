@@ -22,6 +22,9 @@ from raftfleet.fleet.host_changing import ChangingLayer
 from raftfleet.fleet.host_state import RETRY_PARKED_US
 from raftfleet.fleet.machine import Group
 
+DIVERGENT_SHOWN_MAX = 100
+"""Groups named in a worker's figures: enough for a person; ``divergences`` counts them all."""
+
 
 class CallLayer(ChangingLayer):
     """Answers the node's manager, siblings and clients. See the module's text."""
@@ -61,6 +64,9 @@ class CallLayer(ChangingLayer):
                 "fleet_voters": list(fleet_member.voters) if fleet_member is not None else [],
                 "counters": dict(self.counters),
                 "disk": self.disk.status() if self.disk is not None else None,
+                "divergent": [m.name for m in members.values() if m.audit is not None and m.audit.differing][
+                    :DIVERGENT_SHOWN_MAX
+                ],
             },
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raftfleet.core import divergence
 from raftfleet.core.change import CAUGHT_UP_ENTRIES, ConfigChangeRefused
 from raftfleet.core.codes import OK
 from raftfleet.core.member import Member
@@ -74,6 +75,8 @@ class ReconcilingLayer(FollowingLayer):
             if view.pending or not settled or (uid != FLEET_UID and desired and desired[0] != self.instance):
                 if not (settled and uid in self._pinned):
                     self._reconcile_later[uid] = None
+            elif view.outliers:
+                self._reconcile_later[uid] = None
             return
         try:
             self._take_step(member, step)
@@ -115,15 +118,17 @@ class ReconcilingLayer(FollowingLayer):
         for peer, progress in lead.progress.items():
             if progress.state == REPLICATE and progress.match + CAUGHT_UP_ENTRIES >= member.commit:
                 caught_up.add(peer)
+        outliers = divergence.outliers(member)
         pending = bool(lead.config_index or lead.transfer_target) or member.commit < lead.noop_index
         return GroupView(
             member.uid,
             self.instance,
             member.voters,
             member.learners,
-            frozenset(caught_up),
+            frozenset(caught_up - outliers),
             member.live_members(),
             pending,
+            outliers,
         )
 
     def _patiently_live(self, member: Member) -> set[int]:

@@ -66,7 +66,7 @@ class RoutingLayer(LeaderLayer):
                 if not request.consistency:
                     self._read(member, request)
                     return
-            if request.consistency and request.op == OP_QUERY and member.applied:
+            if request.consistency and request.op == OP_QUERY and member.is_readable:
                 self._evaluate(member, request)
                 return
         leader = 0
@@ -144,7 +144,7 @@ class RoutingLayer(LeaderLayer):
                 *(FROM_PEER, sender, request_id, op, member.name, uid, deadline_us, consistency, body), count=count
             )
             if member.lead is None:
-                if consistency and op == OP_QUERY and member.applied:
+                if consistency and op == OP_QUERY and member.is_readable:
                     self._evaluate(member, request)
                 else:
                     self._answer(request, NOT_LEADER, [member.leader, member.term])

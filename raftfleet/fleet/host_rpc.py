@@ -102,6 +102,7 @@ class RpcLayer(HostState):
             return NOT_LEADER, [hint, member.term if member is not None else 0]
         lead = member.lead
         live = member.live_members()
+        audit = member.audit
         rows = []
         for instance in member.membership.lives:
             progress = lead.progress.get(instance)
@@ -112,6 +113,7 @@ class RpcLayer(HostState):
                     "role": "voter" if instance in member.voters else "learner",
                     "match": member.last_index if progress is None else progress.match,
                     "unresponsive": instance not in live,
+                    "diverged": audit is not None and instance in audit.differing,
                 }
             )
         return OK, {
@@ -127,6 +129,9 @@ class RpcLayer(HostState):
             "machine_version": member.active_version,
             "sessions": len(member.session_table.by_client),
             "audit": member.membership.audit,
+            "checked_index": audit.own.index if audit is not None and audit.own is not None else 0,
+            "diverged": [row["node"] for row in rows if row["diverged"]],
+            "divergences": audit.difference_count if audit is not None else 0,
         }
 
     def _rpc_transfer(self, uid: int, instance: int) -> tuple[int, Any]:

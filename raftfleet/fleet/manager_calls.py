@@ -130,9 +130,11 @@ class ManagerCalls(ManagerRepair):
                     "members": shard.info.get("members", 0),
                     "leaders": shard.info.get("leaders", 0),
                     "disk": shard.info.get("disk"),
+                    "divergences": shard.info.get("counters", {}).get("divergences", 0),
                 }
                 for index, shard in enumerate(self.shards)
             ],
+            "divergent": sorted({name for shard in self.shards for name in shard.info.get("divergent", ())}),
         }
 
     def _call_stop(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
@@ -190,7 +192,7 @@ class ManagerCalls(ManagerRepair):
 
         def answered(code: int, body: Any) -> None:
             known = body if code == OK and isinstance(body, dict) else {}
-            roles = {m["node"]: m["role"] for m in known.get("members", ())}
+            roles = {m["node"]: m["role"] + ", differs" * m["diverged"] for m in known.get("members", ())}
             order = [
                 row._asdict() | {"role": roles.pop(row.node, "-")}
                 for row in state.explain(group)  # nodes that are not active any more come last

@@ -5,13 +5,15 @@ leader's shard takes the step and asks again when something has changed.
 
 The order (DESIGN 5.3 and 7; each step assumes that those above have nothing to do):
 
-1. a voter whose instance is gone for good is removed, if the live voters left are a quorum of the rest;
+1. a voter whose instance is gone for good is removed, if the live voters left are a quorum of the rest, and then an
+   outlier (:mod:`raftfleet.core.divergence`), if all the rest are live: it comes back as a new member by the next step;
 2. a desired member that is missing comes in as a learner;
 3. a desired learner that has caught up is promoted;
 4. a surplus voter is removed once its replacement votes; a surplus leader hands over first;
 5. leadership goes home to the first desired member.
 
-Never is a voter that may be alive removed before its replacement is promoted, never would fewer live voters than a
+Never is a voter that may be alive removed before its replacement is promoted, but for an outlier, whose state is of no
+use and whose instance is its own replacement; never would fewer live voters than a
 quorum be left, and never is a step named while another is under way.
 """
 
@@ -41,6 +43,7 @@ class GroupView:
         learners: of the active configuration.
         caught_up: members, voters too, whose log is at most a little behind the leader's (the leader is always in).
         live: members heard within an election timeout (the leader is always in).
+        outliers: members whose state differs from what a quorum agrees on; none of them is in ``caught_up``.
         pending: a change of membership or a transfer is under way, or the leader has not committed in its term yet.
     """
 
@@ -51,6 +54,7 @@ class GroupView:
     caught_up: frozenset[int]
     live: frozenset[int]
     pending: bool
+    outliers: frozenset[int] = frozenset()
 
 
 class AddLearner(NamedTuple):
@@ -100,6 +104,7 @@ def next_step(
         return None
     return (
         _remove_gone(view, desired, known)
+        or _remove_outlier(view)
         or _add_missing(view, desired, learners)
         or _promote_caught_up(view, desired)
         or _remove_surplus(view, desired, known, learners)
@@ -112,6 +117,17 @@ def _remove_gone(view: GroupView, desired: Sequence[int], known: Callable[[int],
         if not known(instance):
             return Remove(instance)
     return _retire(view, [voter for voter in view.voters if not known(voter)], desired)
+
+
+def _remove_outlier(view: GroupView) -> Step | None:
+    for instance in view.learners:
+        if instance in view.outliers:
+            return Remove(instance)
+    for instance in view.voters:
+        rest = [voter for voter in view.voters if voter != instance]
+        if instance in view.outliers and instance != view.leader and len(rest) > 1 and view.live.issuperset(rest):
+            return Remove(instance)
+    return None
 
 
 def _retire(view: GroupView, voters: Sequence[int], desired: Sequence[int]) -> Step | None:

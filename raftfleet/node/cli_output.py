@@ -116,6 +116,8 @@ def print_status(status: Mapping[str, Any]) -> None:
         click.echo(f"fleet {fleet}: {count} active nodes, {status['groups']} groups")
     for name, since in sorted(status.get("unreachable", {}).items()):
         click.echo(f"unreachable: {name}, since {_clock(since)}")
+    for name in status.get("divergent", ()):
+        click.echo(f"members differ in group {name}: see 'raftfleet-node members {name}' and this node's log")
     print_table(
         ("WORKER", "PID", "MEMBERS", "LEADERS", "CPU %", "MEMORY", "RESTARTS", "DISK"),
         (

@@ -31,7 +31,7 @@ from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
 from raftfleet.machine import StateMachine
 from raftfleet.testing.clock import SECOND_US
-from raftfleet.testing.fleet import SimFleet, SimNode
+from raftfleet.testing.fleet import SimFleet, SimFleetOptions, SimNode
 from raftfleet.testing.linearizability import Model, Operation, SearchTooLarge, find_violation
 from raftfleet.testing.network import NetworkFaults
 from raftfleet.testing.seeds import chosen_seeds
@@ -204,6 +204,9 @@ class _Watched(StateMachine):
         self._record.snapshot_count += 1
         return self._inner.load(data)
 
+    def digest(self, state: Any) -> bytes:
+        return self._inner.digest(state)
+
     def upgrade(self, state: Any, from_version: int) -> Any:
         return self._inner.upgrade(state, from_version)
 
@@ -220,7 +223,7 @@ class _Play:
         nodes: dict[str, str],
         config: GroupConfig,
     ) -> None:
-        self.fleet = SimFleet(seed)
+        self.fleet = SimFleet(seed, SimFleetOptions(may_diverge=True))  # what differs is told better here
         self.record = _Record()
         self.history: list[tuple[Operation, bool]] = []
         self.outcomes: dict[str, int] = {}

@@ -64,6 +64,7 @@ class SimFleetOptions:
         slow_turn: probability that a worker's loop comes round late, by ``slow_turn_us_max`` at most: what comes
             meanwhile is taken in one turn.
         restart_us: how long a worker's process takes to be there again after it died.
+        may_diverge: whether replicas may differ, and tell; else a difference is an AssertionError.
         is_checked: whether the groups' logs are checked after each turn. Not possible where a majority is given up.
     """
 
@@ -74,6 +75,7 @@ class SimFleetOptions:
     slow_turn_us_max: int = 20 * MILLISECOND_US
     restart_us: int = 200 * MILLISECOND_US
     is_checked: bool = True
+    may_diverge: bool = False
 
 
 class _Registers(RegistersMachine):
@@ -700,6 +702,9 @@ class SimFleet:
         """Check what a turn can have touched."""
         shard = worker.host.shard
         shard.check_invariants()
+        if not self.options.may_diverge:
+            told = worker.host.counters.get("divergences", 0)
+            assert not told, f"members were found to differ: {worker.notes[-5:]}"
         if self.options.is_checked:
             self.cluster.check_members(worker.instance, shard.members)
 

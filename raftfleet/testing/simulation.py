@@ -282,6 +282,8 @@ class Simulation:
 
     def shard_event(self, shard: SimShard, event: tuple[Any, ...]) -> None:
         """Count it and remember it."""
+        if event[0] == "diverged":
+            raise Violation(f"shard {shard.instance} holds members to differ that are equal by construction: {event}")
         self.count("event " + event[0])
         self.tell(f"{shard.instance}: {event}")
 
@@ -344,6 +346,7 @@ class Simulation:
             clock_drift_margin=self.options.drift_margin if has_lease else None,
             session_ttl_s=rng.choice((15.0, 60.0, 600.0)),
             log_entries_kept=rng.choice((4, 20, 1000)),
+            divergence_check_entries=5 + uid % 30,
         )
         rng.shuffle(places)
         group = Group(uid, f"group-{uid}", config, places[:replicas])

@@ -484,6 +484,7 @@ _FIELDS: dict[int, tuple[Field, ...]] = {
     messages.RECOVER_QUERY: ("uid", "term", ["u63"]),
     messages.RECOVER_ANSWER: ("uid", "term", "u63", "term"),
     messages.FORCE_CONFIG: ("uid", "term", ["u63"], ["u63"]),
+    messages.DIGEST: ("uid", "term", "u63", "u63", "u64", "u64"),
     messages.LINK_LIST: ("u63", "u63", "u63", "u63", [("uid", "term")]),
     messages.LINK_LIST_ANSWER: ("u63", "u63", [("uid", "term")]),
     host_messages.INTRODUCE: ("str", "str", "str"),

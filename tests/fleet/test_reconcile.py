@@ -204,3 +204,31 @@ def test_a_deactivated_node_loses_its_vote_and_follows_until_it_leaves() -> None
     state.apply(["deactivate", "n0-0"], 0)
     chosen = fleet_voters(state, [1, 101, 201], None, 1)
     assert 1 not in chosen and fleet_learners(state, chosen) == [1]
+
+
+# -- members whose state differs -----------------------------------------------------------------------------------
+
+
+def sick(instance: int, leader: int, voters: list[int], learners: list[int] = [], **changes: object) -> GroupView:  # noqa: B006
+    members = frozenset([*voters, *learners])
+    caught_up = members - {instance}
+    return view(leader, voters, learners, outliers=frozenset({instance}), caught_up=caught_up, **changes)
+
+
+def test_an_outlier_is_removed_before_anything_is_added_and_comes_back_as_a_learner() -> None:
+    assert next_step(sick(3, 1, [1, 2, 3]), [1, 2, 3], all_known) == Remove(3)
+    assert next_step(view(1, [1, 2]), [1, 2, 3], all_known) == AddLearner(3)
+
+
+def test_an_outlier_stays_while_another_voter_is_not_heard_or_only_one_other_is_there() -> None:
+    assert next_step(sick(3, 1, [1, 2, 3], live=frozenset({1, 3})), [1, 2, 3], all_known) is None
+    assert next_step(sick(2, 1, [1, 2]), [1, 2], all_known) is None
+
+
+def test_an_outlier_is_never_promoted_nor_given_the_lead() -> None:
+    assert next_step(sick(1, 2, [2, 3], [1]), [1, 2, 3], all_known) == Remove(1)
+    assert next_step(sick(1, 2, [1, 2, 3], live=frozenset({1, 2})), [1, 2, 3], all_known) is None
+
+
+def test_a_leader_that_is_an_outlier_does_not_remove_itself() -> None:
+    assert next_step(sick(1, 1, [1, 2, 3]), [1, 2, 3], all_known) is None

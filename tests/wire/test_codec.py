@@ -54,6 +54,7 @@ STRATEGIES: dict[int, st.SearchStrategy[Any]] = {
     m.RECOVER_QUERY: st.builds(m.RecoverQuery, st.just(m.RECOVER_QUERY), u63, u63, instances),
     m.RECOVER_ANSWER: st.builds(m.RecoverAnswer, st.just(m.RECOVER_ANSWER), u63, u63, u63, u63),
     m.FORCE_CONFIG: st.builds(m.ForceConfig, st.just(m.FORCE_CONFIG), u63, u63, instances, instances),
+    m.DIGEST: st.builds(m.Digest, st.just(m.DIGEST), u63, u63, u63, u63, u64, u64),
     m.BEAT: st.builds(m.Beat, st.just(m.BEAT), u63, u64, u63),
     m.BEAT_ANSWER: st.builds(m.BeatAnswer, st.just(m.BEAT_ANSWER), u63, u64),
     m.LINK_LIST: st.builds(m.LinkList, st.just(m.LINK_LIST), u63, u63, u63, u63, pairs),
@@ -103,6 +104,7 @@ def _example(kind: int, fill: Any = 1) -> Any:
     entry = m.Entry(1, m.COMMANDS, b"data")
     examples = {
         m.APPEND: m.Append(m.APPEND, 1, 2, 3, 4, 5, 6, 7, [entry]),
+        m.DIGEST: m.Digest(m.DIGEST, 1, 2, 3, 0, 2**64 - 1, 5),
         m.BEAT: m.Beat(m.BEAT, 1, 2**64 - 1, 3),
         host.FORWARD: host.Forward(host.FORWARD, [host.ForwardRequest(1, 1, 2, 500, 0, 3, b"body")]),
         host.RPC: host.Rpc(host.RPC, 1, "method", {"fill": fill}),

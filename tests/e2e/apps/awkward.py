@@ -1,5 +1,6 @@
 """State machines that behave badly, each in its own way."""
 
+import os
 import time
 
 import raftfleet
@@ -35,6 +36,18 @@ class Awkward(raftfleet.StateMachine):
             case "unpackable":
                 return object()
         raise ValueError(arg)
+
+
+class Liar(Awkward):
+    """Differs on purpose: in the process whose id is in the file that a first command names, it counts in thousands."""
+
+    def command(self, state, arg):
+        match arg:
+            case ["inc unless", str(path)]:
+                with open(path) as file:
+                    is_liar = file.read() == str(os.getpid())
+                return None, state + (1000 if is_liar else 1)
+        return super().command(state, arg)
 
 
 class NewRaises(raftfleet.StateMachine):
