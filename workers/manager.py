@@ -32,6 +32,7 @@ from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Reply, ShardCa
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
+from raftfleet.node.disk_watch import DiskWatch
 from raftfleet.node.notify import sd_notify
 from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
 from raftfleet.transport.peers import PeerSockets
@@ -43,8 +44,6 @@ from raftfleet.wire import ipc
 logger = logging.getLogger(__name__)
 
 MEMORY_NAME = "founding"
-DISK_HUNG_US = 2_000_000
-"""A shard that waits for its disk for longer is named: most fdatasyncs take a fraction of a millisecond."""
 SWEEP_US = 1_000_000
 LAST_REPLIES_US = 200_000
 
@@ -140,7 +139,7 @@ class ManagerProcess:
         self.stopping = False
         self.ready_said = False
         self.sweep_us = 0
-        self.hung: set[int] = set()  # shards that wait for their disks
+        self.disk_watch = DiskWatch(context.children)
         self.addresses: dict[int, Address] = {}  # of managers, by their instance
         self.peer_keys: dict[Address, str] = {}  # by which each is connected, known or under trial
         self.key_turns: dict[Address, int] = {}  # how far the list was tried
@@ -230,7 +229,8 @@ class ManagerProcess:
             self.sweep_us = now_us + SWEEP_US
             self.clients.sweep(now_us)
             self._tell_systemd()
-            self._look_at_disks(now_us)
+            for level, text in self.disk_watch.look(now_us):
+                logger.log(getattr(logging, level.upper()), "%s", text)
         self._carry_out(now_us)
 
     def _timeout_us(self) -> int:
@@ -333,23 +333,12 @@ class ManagerProcess:
     def _tell_systemd(self) -> None:
         sd_notify(f"STATUS={self.core.node_state}{': ' if self.core.status_text else ''}{self.core.status_text}")
 
-    def _look_at_disks(self, now_us: int) -> None:
-        """A shard that hangs on its disk cannot say so itself. What it leads goes elsewhere: its beats have stopped."""
-        for index, row in enumerate(self.context.children.shards):
-            waits_us = now_us - row.disk_since_us if row.disk_since_us and row.pid else 0
-            if waits_us > DISK_HUNG_US and index not in self.hung:
-                self.hung.add(index)
-                logger.error("shard %d has been waiting for its disk for %.1f s: it hangs", index, waits_us / 1e6)
-            elif not waits_us and index in self.hung:
-                self.hung.discard(index)
-                logger.info("shard %d's disk answers again", index)
-
     def _add_processes(self, status: dict[str, Any]) -> None:
         """Complete an answer to ``status`` by what the operating system knows."""
         for worker in status["workers"]:
             row = self.context.children.shard(worker["index"])
             worker.update(pid=row.pid, restarts=row.restarts, cpu_percent=0.0, rss_bytes=0)
-            if worker["disk"] is not None and worker["index"] in self.hung:
+            if worker["disk"] is not None and worker["index"] in self.disk_watch.hung:
                 worker["disk"] = {**worker["disk"], "state": "hung"}
             try:
                 process = self.processes.get(row.pid)
