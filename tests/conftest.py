@@ -15,6 +15,12 @@ from leaks import leaks_since, snapshot
 GRACE_S = 20.0  # for what is on its way out when a test returns: a killed process, a joined thread's kernel task
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rewrite-transcripts", action="store_true", help="write tests/core/transcripts anew, to be reviewed as a diff"
+    )
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves something behind. `@pytest.mark.leaves("why")` is for the few that must."""
