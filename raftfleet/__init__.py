@@ -2,7 +2,8 @@
 
 What a user needs is here: :func:`connect` (or :mod:`raftfleet.aio`) to use a fleet, :class:`GroupConfig` to add groups
 to it, :class:`StateMachine` and :class:`LeaderHook` to write what they replicate, :mod:`raftfleet.errors` to tell
-outcomes apart. Each is imported when it is first used, since a node's processes need few of them.
+outcomes apart, :class:`ExportedState` to keep a group's state beyond the group. Each is imported when it is first used,
+since a node's processes need few of them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,25 @@ if TYPE_CHECKING:
     from raftfleet.client.sync import Fleet, connect
     from raftfleet.core.config import GroupConfig
     from raftfleet.machine import LeaderHook, StateMachine
+    from raftfleet.wire.exported import ExportedState
 
-__all__ = ["Fleet", "GroupConfig", "Leader", "LeaderHook", "StateMachine", "__version__", "aio", "connect", "errors"]
+__all__ = [
+    "ExportedState",
+    "Fleet",
+    "GroupConfig",
+    "Leader",
+    "LeaderHook",
+    "StateMachine",
+    "__version__",
+    "aio",
+    "connect",
+    "errors",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ExportedState": "raftfleet.wire.exported",
     "Fleet": "raftfleet.client.sync",
     "GroupConfig": "raftfleet.core.config",
     "Leader": "raftfleet.client.core",

@@ -72,6 +72,10 @@ class StateMachineNotImportable(NotApplied):
         self.reason = reason
 
 
+class BeingRestored(NotApplied):
+    """The group waits for the state that it is to begin with: nothing was done."""
+
+
 class OutcomeUnknown(RaftFleetError):
     """No answer came: it may have happened once, never twice."""
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from raftfleet import errors
-from raftfleet.client import core, discovery
+from raftfleet.client import copying, core, discovery
 from raftfleet.client.core import (
     CONTROL,
     DONE,
@@ -41,6 +41,7 @@ from raftfleet.core.names import check_group_name
 from raftfleet.node import rundir
 from raftfleet.wire import ipc
 from raftfleet.wire.errors import WireError
+from raftfleet.wire.exported import ExportedState
 
 __all__ = ["Fleet", "connect"]
 
@@ -157,12 +158,21 @@ class Fleet:
     # ---------------------------------------------------------------- groups
 
     async def add_consensus_group(
-        self, name: str, replicas: int = 3, config: GroupConfig | None = None, *, timeout: float = 5.0
+        self,
+        name: str,
+        replicas: int = 3,
+        config: GroupConfig | None = None,
+        *,
+        restore: ExportedState | None = None,
+        timeout: float = 5.0,
     ) -> None:
         """Add a group and return when it has a leader. As :meth:`raftfleet.Fleet.add_consensus_group`."""
-        args = group_arguments(name, replicas, config)
+        args = group_arguments(name, replicas, config, restore)
+        if restore is None:
+            uid = (await self.call("add_group", args, timeout))["uid"]
+        else:
+            uid = await self._take(copying.begin_steps(args, timeout))
         deadline_s = time.monotonic() + timeout
-        uid = (await self.call("add_group", args, timeout))["uid"]
         pause_s = POLL_S_FIRST
         while not core.serves(self._table.lookup(name), uid):
             remaining_s = deadline_s - time.monotonic()
@@ -170,6 +180,33 @@ class Fleet:
                 raise errors.NoLeader(f"group {name!r} was added, but has no leader after {timeout:g} s")
             await asyncio.sleep(min(pause_s, remaining_s))
             pause_s = min(pause_s * 2, POLL_S_MAX)
+        if restore is not None:
+            await self._take(copying.piece_steps(name, uid, restore.state, timeout))
+
+    async def export_group(
+        self, name: str, *, consistency: str = "linearizable", timeout: float = 30.0
+    ) -> ExportedState:
+        """Copy a group's state. As :meth:`raftfleet.Fleet.export_group`."""
+        exported: ExportedState = await self._take(copying.export_steps(name, consistency, timeout))
+        return exported
+
+    async def _take(self, steps: copying.Steps) -> Any:
+        """Carry steps out, one after the other."""
+        try:
+            method, args, seconds = next(steps)
+            while True:
+                if method == copying.PAUSE:
+                    await asyncio.sleep(seconds)
+                    method, args, seconds = next(steps)
+                    continue
+                try:
+                    answer = await self.call(method, args, seconds)
+                except errors.RaftFleetError as error:
+                    method, args, seconds = steps.throw(error)
+                else:
+                    method, args, seconds = steps.send(answer)
+        except StopIteration as end:
+            return end.value
 
     async def remove_consensus_group(self, name: str, *, timeout: float = 5.0) -> None:
         """Remove a group and its state. As :meth:`raftfleet.Fleet.remove_consensus_group`."""

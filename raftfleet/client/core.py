@@ -78,7 +78,9 @@ IN_FLIGHT: Final = 2
 PAUSED: Final = 3
 DONE: Final = 4
 
-_RETRIED_CODES = frozenset((ipc.NO_LEADER, ipc.OVERLOADED, ipc.NOT_ACTIVE, ipc.UNANSWERED, ipc.DISK_FULL))
+_RETRIED_CODES = frozenset(
+    (ipc.NO_LEADER, ipc.OVERLOADED, ipc.NOT_ACTIVE, ipc.UNANSWERED, ipc.DISK_FULL, ipc.RESTORING)
+)
 _SETTLING_CODES = frozenset((ipc.OK, ipc.COMMAND_FAILED, ipc.QUERY_FAILED))
 _GROUP_CHANGES_MAX = 3
 _ROUTES_MAX = 1 << 17

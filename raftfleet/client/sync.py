@@ -24,13 +24,14 @@ from types import TracebackType
 from typing import Any
 
 from raftfleet import errors
-from raftfleet.client import core, discovery
+from raftfleet.client import copying, core, discovery
 from raftfleet.client.core import CONTROL, DONE, IN_FLIGHT, PAUSED, QUEUED, READY, Call, ClientCore, Leader
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name
 from raftfleet.node import rundir
 from raftfleet.wire import ipc
 from raftfleet.wire.errors import WireError
+from raftfleet.wire.exported import ExportedState
 
 IDLE_CONNECTIONS_MAX = 64
 """Per socket; more are closed when they become idle."""
@@ -139,15 +140,24 @@ class Fleet:
     # ---------------------------------------------------------------- groups
 
     def add_consensus_group(
-        self, name: str, replicas: int = 3, config: GroupConfig | None = None, *, timeout: float = 5.0
+        self,
+        name: str,
+        replicas: int = 3,
+        config: GroupConfig | None = None,
+        *,
+        restore: ExportedState | None = None,
+        timeout: float = 5.0,
     ) -> None:
         """Add a group and return when it has a leader.
 
         Args:
             name: 1 to 255 bytes of UTF-8.
             replicas: members to keep, on as many nodes (fewer while the fleet has fewer).
-            config: how the group behaves, and its state machine. Required.
-            timeout: seconds until the group must serve.
+            config: how the group behaves, and its state machine. Required, unless ``restore`` knows it.
+            restore: the state to begin with (:meth:`export_group`; a file's bytes through ``ExportedState.unpack``).
+                Nobody is served before all of it is there. If this is cut short, the group waits: the same call again
+                goes on, ``remove_consensus_group`` gives up.
+            timeout: seconds until the group must serve; with ``restore``, for each step towards it.
 
         Raises:
             AlreadyAdded: there is a group of that name.
@@ -155,10 +165,14 @@ class Fleet:
             StateMachineNotImportable: on the node that the error names.
             NoLeader: the group was added and had no leader yet when the time was over.
             OutcomeUnknown: no answer came; ``consensus_groups`` tells.
+            CommandFailed: the machine's ``load`` raised on the state to begin with; the group waits for another try.
         """
-        args = group_arguments(name, replicas, config)
+        args = group_arguments(name, replicas, config, restore)
+        if restore is None:
+            uid = self.call("add_group", args, timeout)["uid"]
+        else:
+            uid = self._take(copying.begin_steps(args, timeout))
         deadline_s = time.monotonic() + timeout
-        uid = self.call("add_group", args, timeout)["uid"]
         pause_s = POLL_S_FIRST
         while not core.serves(self._table.lookup(name), uid):
             remaining_s = deadline_s - time.monotonic()
@@ -166,6 +180,43 @@ class Fleet:
                 raise errors.NoLeader(f"group {name!r} was added, but has no leader after {timeout:g} s")
             time.sleep(min(pause_s, remaining_s))
             pause_s = min(pause_s * 2, POLL_S_MAX)
+        if restore is not None:
+            self._take(copying.piece_steps(name, uid, restore.state, timeout))
+
+    def export_group(self, name: str, *, consistency: str = "linearizable", timeout: float = 30.0) -> ExportedState:
+        """Copy a group's state, to keep it or to begin another group with it.
+
+        Args:
+            name: of the group.
+            consistency: ``"linearizable"``: the copy contains every command that ended before this call began.
+                ``"stale"``: any member gives what it has, even without a leader.
+            timeout: seconds for each step: until the state is dumped, and for each piece of it.
+
+        Raises:
+            GroupNotFound: there is none of that name.
+            NoLeader, Overloaded, Unanswered: try again.
+            QueryFailed: the machine's ``dump`` raised.
+        """
+        exported: ExportedState = self._take(copying.export_steps(name, consistency, timeout))
+        return exported
+
+    def _take(self, steps: copying.Steps) -> Any:
+        """Carry steps out, one after the other."""
+        try:
+            method, args, seconds = next(steps)
+            while True:
+                if method == copying.PAUSE:
+                    time.sleep(seconds)
+                    method, args, seconds = next(steps)
+                    continue
+                try:
+                    answer = self.call(method, args, seconds)
+                except errors.RaftFleetError as error:
+                    method, args, seconds = steps.throw(error)
+                else:
+                    method, args, seconds = steps.send(answer)
+        except StopIteration as end:
+            return end.value
 
     def remove_consensus_group(self, name: str, *, timeout: float = 5.0) -> None:
         """Remove a group and its state from all nodes. The name can be used again at once.
@@ -422,12 +473,18 @@ class Fleet:
                 shared.turn.notify_all()
 
 
-def group_arguments(name: str, replicas: int, config: GroupConfig | None) -> dict[str, Any]:
+def group_arguments(
+    name: str, replicas: int, config: GroupConfig | None, restore: ExportedState | None = None
+) -> dict[str, Any]:
     """Arguments of the manager's ``add_group``.
 
     Raises:
         TypeError, ValueError: one is missing or of no use.
     """
+    if restore is not None:
+        if not isinstance(restore, ExportedState):
+            raise TypeError(f"restore is a raftfleet.ExportedState, not {type(restore).__name__}")
+        config = copying.restored_config(restore, config)
     arguments = config_arguments(name, config)
     if type(replicas) is not int or replicas < 1:
         raise ValueError(f"replicas is a whole number from 1, not {replicas!r}")

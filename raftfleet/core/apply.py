@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from raftfleet.core import divergence, versions
+from raftfleet.core import divergence, restoring, versions
 from raftfleet.core import sessions as session_rules
 from raftfleet.core.codes import BAD_REQUEST, COMMAND_FAILED, OK
 from raftfleet.core.failures import describe, failure_body, pack_result
-from raftfleet.core.messages import CHECK, COMMANDS, CONFIG, VERSION
+from raftfleet.core.messages import CHECK, COMMANDS, CONFIG, RESTORE, VERSION
 from raftfleet.core.sessions import Session
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def apply_committed(member: Member) -> None:
             _apply_batch(member, index, entry, tokens)
         elif entry.kind == CONFIG:
             _apply_config(member, index)
+        elif entry.kind == RESTORE:
+            tokens = lead.pending.pop(index, None) if lead is not None else None
+            _apply_piece(member, entry, tokens)
         elif entry.kind == VERSION and not versions.apply_version(member, entry):
             member.shard.stop_member(member)
             return
@@ -61,6 +64,17 @@ def apply_committed(member: Member) -> None:
         log.compact_to(member.applied - kept)
     elif log.size_bytes > LOG_BYTES_KEPT_MAX:
         log.compact_to(member.applied)
+
+
+def _apply_piece(member: Member, entry: Entry, tokens: list[object] | None) -> None:
+    was_restoring = member.restoring is not None
+    code, body = restoring.apply_piece(member, entry)
+    if tokens is not None:
+        member.shard.reply(tokens[0], code, body)
+    if was_restoring and member.restoring is None:
+        member.shard.on_restored(member)
+        if member.hook is not None:
+            call_hook(member, "on_restored", member.state)
 
 
 def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] | None) -> None:

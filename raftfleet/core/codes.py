@@ -3,7 +3,7 @@
 This module knows nothing but numbers. They cross the wire, so one that was given never changes its meaning:
 
 * 0 is success, 1 and 2 are exceptions of the user's own code;
-* 10 to 19 and 21 say for certain that nothing was done; 20 says it of a query only, whose answer was lost;
+* 10 to 19, 21 and 22 say for certain that nothing was done; 20 says it of a query only, whose answer was lost;
 * 30 to 32 are about what became of a command;
 * 90 to 92 are said between hosts, and turned into one of the others before a client hears them;
 * 100 is no answer at all.
@@ -34,6 +34,8 @@ NOT_ACTIVE = 18
 REFUSED = 19
 UNANSWERED = 20
 DISK_FULL = 21
+RESTORING = 22
+"""The group's state has not arrived yet (:mod:`raftfleet.core.restoring`)."""
 
 OUTCOME_UNKNOWN = 30
 SESSION_EXPIRED = 31

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 VERSION_MAX = (1 << 31) - 1
+RESTORE_BYTES_MAX = 2 << 30
+"""A state is held in memory, once more while it arrives: what is larger has no place in one group."""
 ON_MAJORITY_LOSS = ("wait", "survivor", "new")
 
 
@@ -32,6 +34,8 @@ class GroupConfig:
         divergence_state_bytes_max: states whose digest (the dump, by default) is larger are not looked at.
         machine_version: the state machine's version that the group begins as; None: the highest that all nodes of its
             first members support. It rises by itself when all members support more.
+        restore: ``(size in bytes, CRC32)`` of the dumped state that the group begins with and waits for, or None. Set
+            by whoever adds a group with ``restore=…``; settled then.
     """
 
     machine: str
@@ -46,6 +50,7 @@ class GroupConfig:
     divergence_check_entries: int = 1000
     divergence_state_bytes_max: int = 1 << 20
     machine_version: int | None = None
+    restore: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -68,10 +73,18 @@ class GroupConfig:
         _check_range("session_count_max", self.session_count_max, 1, 100_000_000, whole=True)
         if self.machine_version is not None:
             _check_range("machine_version", self.machine_version, 1, VERSION_MAX, whole=True)
+        if self.restore is not None:
+            if not isinstance(self.restore, tuple) or len(self.restore) != 2:
+                raise ValueError(f"restore is (size in bytes, CRC32) of a state, not {self.restore!r:.100}")
+            _check_range("the size in restore", self.restore[0], 0, RESTORE_BYTES_MAX, whole=True)
+            _check_range("the CRC32 in restore", self.restore[1], 0, 0xFFFFFFFF, whole=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as msgpack and JSON carry them."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.restore is not None:
+            fields["restore"] = list(self.restore)
+        return fields
 
     @classmethod
     def from_dict(cls, fields: object) -> GroupConfig:
@@ -84,6 +97,8 @@ class GroupConfig:
             raise ValueError(f"unknown fields in a group config: {', '.join(unknown)}")
         if "machine" not in fields:
             raise ValueError("a group config names its machine")
+        if isinstance(fields.get("restore"), list):
+            fields = {**fields, "restore": tuple(fields["restore"])}
         return cls(**fields)
 
 

@@ -21,6 +21,7 @@ functions that take the member; the table in the class names them all. They stan
 
     roles         term and role           change       one member at a time
     own_log       entries, commit index   replication  the leader's appends and what comes back
+    restoring     a state that comes first
     apply         user code, hooks        reads        ReadIndex, lease
     divergence    do replicas differ?     election     campaign, votes, handing over
     liveness      who follows since when  repair       a majority lost for good
@@ -53,6 +54,7 @@ from raftfleet.core import (
     reads,
     repair,
     replication,
+    restoring,
     roles,
     snapshots,
     versions,
@@ -98,6 +100,7 @@ class Member:
         "memberships",
         "name",
         "recovery",
+        "restoring",
         "role",
         "session_table",
         "shard",
@@ -146,6 +149,7 @@ class Member:
         self.recovery: dict[int, tuple[int, int, int]] | None = None  # survivor -> (last term, last index, term)
         self.session_table = Sessions(int(config.session_ttl_s * 1_000_000), config.session_count_max)
         self.active_version = config.machine_version or 1
+        self.restoring = restoring.begin(config)
         machine.context.version = self.active_version
         self.state: Any = machine.new()
 
@@ -264,6 +268,7 @@ class Member:
 
     # replication: the log to all others, as leader
     propose = replication.propose
+    propose_piece = restoring.propose_piece
     flush = replication.flush
     on_append_answer = replication.on_append_answer
     on_snapshot_answer = replication.on_snapshot_answer

@@ -27,7 +27,10 @@ VERSION = 3
 """From here on the state machine works as this version. Data: msgpack int; see :mod:`raftfleet.core.versions`."""
 CHECK = 4
 """Members compare what they have come to. Data: msgpack bool; see :mod:`raftfleet.core.divergence`."""
-ENTRY_KINDS = (NOOP, COMMANDS, CONFIG, VERSION, CHECK)
+RESTORE = 5
+"""A piece of the state that the group begins with. Data: msgpack ``[offset, bin]``; see
+:mod:`raftfleet.core.restoring`."""
+ENTRY_KINDS = (NOOP, COMMANDS, CONFIG, VERSION, CHECK, RESTORE)
 
 # Message kinds. Those below 32 concern one group, 32 to 63 a link, 64 and above the hosts (raftfleet.fleet.host).
 APPEND = 1

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from raftfleet.core import apply, replication
-from raftfleet.core.codes import NOT_LEADER, OK, QUERY_FAILED
+from raftfleet.core import apply, replication, restoring
+from raftfleet.core.codes import NOT_LEADER, OK, QUERY_FAILED, RESTORING
 from raftfleet.core.failures import describe, pack_result
 from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from raftfleet.core.member import Member
 
 _unpack = msgpack.unpackb
+
+STATE_WANTED = bytes(bytearray(b"the state itself"))
+"""Known by its identity, so that nothing that comes over a wire is ever taken for it."""
 
 
 def read(member: Member, arg: bytes | list[bytes], token: object) -> None:
@@ -99,7 +102,14 @@ def answer_reads(member: Member) -> bool:
 
 
 def evaluate(member: Member, arg: bytes | list[bytes], *, hooked: bool = False) -> tuple[int, Any]:
-    """Run the user's query on the present state; of a run, all of them: OK, and the list of what came of each."""
+    """Run the user's query on the present state; of a run, all of them: OK, and the list of what came of each.
+
+    :data:`STATE_WANTED` in place of an argument: the answer is ``(index, term, version, dumped state)``.
+    """
+    if member.restoring is not None:
+        return RESTORING, restoring.refusal(member)
+    if arg is STATE_WANTED:
+        return _dump(member)
     if isinstance(arg, list):
         rows = [_evaluate(member, one, hooked) for one in arg]
         return OK, [body if code == OK else [code, body] for code, body in rows]
@@ -117,3 +127,14 @@ def _evaluate(member: Member, arg: bytes, hooked: bool) -> tuple[int, Any]:
     if hooked and member.hook is not None:
         apply.call_hook(member, "on_query_answered", member.state, value, result)
     return OK, packed
+
+
+def _dump(member: Member) -> tuple[int, Any]:
+    try:
+        with member.shard.user_code(member):
+            data = member.machine.dump(member.state)
+        if not isinstance(data, bytes):
+            raise TypeError(f"dump gave {type(data).__name__}, not bytes")
+    except BaseException as error:
+        return QUERY_FAILED, describe(error)
+    return OK, (member.applied, member.log.term_at(member.applied), member.active_version, data)

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raftfleet.core import own_log, roles, snapshots
+from raftfleet.core import own_log, restoring, roles, snapshots
 from raftfleet.core import sessions as session_rules
-from raftfleet.core.codes import DISK_FULL, NOT_LEADER, TOO_LARGE
+from raftfleet.core.codes import DISK_FULL, NOT_LEADER, RESTORING, TOO_LARGE
 from raftfleet.core.messages import APPEND, COMMANDS, TIMEOUT_NOW, Append, TimeoutNow
 from raftfleet.core.progress import APPEND_BYTES_MAX, APPENDS_IN_FLIGHT_MAX, PROBE, REPLICATE
 from raftfleet.core.progress import SNAPSHOT as SENDING_SNAPSHOT
@@ -44,6 +44,9 @@ def propose(member: Member, command: bytes, token: object) -> None:
     lead = member.lead
     if lead is None:
         member.shard.reply(token, NOT_LEADER, (member.leader, member.term))
+        return
+    if member.restoring is not None:
+        member.shard.reply(token, RESTORING, restoring.refusal(member))
         return
     size_bytes = len(command)
     if size_bytes > member.config.command_bytes_max:

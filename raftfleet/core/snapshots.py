@@ -23,6 +23,7 @@ from raftfleet.core.failures import describe
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import APPEND_ANSWER, SNAPSHOT, SNAPSHOT_ANSWER, AppendAnswer, Snapshot, SnapshotAnswer
 from raftfleet.core.progress import CHUNK_BYTES, CHUNKS_IN_FLIGHT_MAX, Transfer
+from raftfleet.core.restoring import Restoring
 from raftfleet.core.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def make_snapshot(member: Member) -> tuple[int, int, bytes]:
     """``(index, term, bytes)`` of everything applied here.
 
     The bytes are msgpack ``[format = 1, membership index, membership, last time, sessions, machine version,
-    state]``.
+    state]``, and of a group that waits for its state ``[size, CRC, bytes so far]`` after that.
     """
     index = member.applied
     at, membership = member.memberships[0]
@@ -44,6 +45,8 @@ def make_snapshot(member: Member) -> tuple[int, int, bytes]:
     with member.shard.user_code(member):
         state = member.machine.dump(member.state)
     parts = [1, at, membership.pack(), member.last_time_us, member.session_table.dump(), member.active_version, state]
+    if member.restoring is not None:
+        parts.append(member.restoring.dump())
     return index, member.log.term_at(index), bytes(msgpack.packb(parts, use_bin_type=True))
 
 
@@ -145,11 +148,12 @@ class Unpacked(NamedTuple):
     sessions: Sessions
     version: int
     state: Any
+    restoring: Restoring | None
 
 
 def unpack(member: Member, data: bytes) -> Unpacked:
     """Read what :func:`make_snapshot` gave. Raises whatever is wrong with it; the member stays as it is."""
-    form, at, membership_data, time_us, session_rows, version, state_data = msgpack.unpackb(
+    form, at, membership_data, time_us, session_rows, version, state_data, *waits = msgpack.unpackb(
         data, raw=False, strict_map_key=False
     )
     if form != 1:
@@ -162,12 +166,13 @@ def unpack(member: Member, data: bytes) -> Unpacked:
         state = member.machine.load(state_data)
     table = Sessions(member.session_table.ttl_us, member.session_table.count_max)
     table.load(session_rows)
-    return Unpacked(at, membership, time_us, table, version, state)
+    return Unpacked(at, membership, time_us, table, version, state, Restoring(*waits[0]) if waits else None)
 
 
 def take_over(member: Member, index: int, unpacked: Unpacked) -> None:
     """Be as the snapshot of ``index`` says; the log and the later memberships are the caller's."""
     member.state = unpacked.state
+    member.restoring = unpacked.restoring
     member.session_table = unpacked.sessions
     member.active_version = unpacked.version
     member.last_time_us = max(unpacked.time_us, member.last_time_us)

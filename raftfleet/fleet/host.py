@@ -382,6 +382,8 @@ class Host(RestoringLayer):
         elif kind == "member_lost":
             self._reconcile[uid] = None
             self.note("warning", f"group {self._name(uid)}: the disk of {self._node_of(event[2])} lost its member")
+        elif kind == "restored":
+            self.note("info", f"group {self._name(uid)} begins with a restored state of {event[2]} bytes")
         elif kind == "disk_full":
             self._next_drain_us = self.now_us + DRAIN_RETRY_US
             self.drain()

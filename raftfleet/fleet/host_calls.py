@@ -19,11 +19,13 @@ from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NO_LEADER, NOT_LE
 from raftfleet.core.host_messages import OP_QUERY
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
 from raftfleet.fleet.host_changing import ChangingLayer
+from raftfleet.fleet.host_copying import COPY_US, PIECE_US
 from raftfleet.fleet.host_state import RETRY_PARKED_US
 from raftfleet.fleet.machine import Group
 
 DIVERGENT_SHOWN_MAX = 100
 """Groups named in a worker's figures: enough for a person; ``divergences`` counts them all."""
+ASK_ANY_US = 5_000_000
 
 
 class CallLayer(ChangingLayer):
@@ -188,14 +190,70 @@ class CallLayer(ChangingLayer):
 
         self.ask_fleet(["group", name], checked)
 
-    def _ask_leader(self, uid: int, method: str, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+    def _call_copy_begin(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        """A copy of a group's state, held by the shard that the answer names."""
+        group = self._group_named(args["name"])
+        if group is None:
+            self._group_missing(
+                args["name"], answer, lambda left_us: self._call_copy_begin(0, args, left_us, answer), timeout_us
+            )
+            return
+        stale = bool(args["stale"])
+        config, replicas = dict(group.config), group.replicas
+
+        def answered(code: int, body: Any) -> None:
+            answer(code, {**body, "config": config, "replicas": replicas} if code == OK else body)
+
+        wanted = {"uid": group.uid, "stale": stale}
+        if not stale:
+            self._ask_leader(group.uid, "copy_begin", wanted, timeout_us, answered, attempt_us=COPY_US)
+            return
+        places = dict.fromkeys([self.instance, *(i for _, i in self.fleet.desired(group) + list(group.members))])
+        self._ask_any([i for i in places if i not in self.fleet.gone], "copy_begin", wanted, answered)
+
+    def _ask_any(self, instances: list[int], method: str, args: dict[str, Any], answer: Any) -> None:
+        """Call one after the other until one has an answer."""
+
+        def answered(code: int, body: Any) -> None:
+            if code in (NOT_LEADER, NO_LEADER) and len(instances) > 1:
+                self._ask_any(instances[1:], method, args, answer)
+            else:
+                answer(code, body if code != NOT_LEADER else "no member that answers has anything")
+
+        self.rpc(instances[0], method, args, answered, ASK_ANY_US)
+
+    def _call_copy_read(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        self.rpc(int(args["instance"]), "copy_read", args, answer, min(timeout_us, ASK_ANY_US))
+
+    def _call_copy_end(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        self.rpc(int(args["instance"]), "copy_end", args, answer, min(timeout_us, ASK_ANY_US))
+
+    def _call_restore_piece(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        group = self._group_named(args["name"])
+        if group is None or group.uid != args["uid"]:
+            self._group_missing(
+                args["name"], answer, lambda left_us: self._call_restore_piece(0, args, left_us, answer), timeout_us
+            ) if group is None else answer(GROUP_NOT_FOUND, f"group {group.name!r} is not the one that it was")
+            return
+        self._ask_leader(group.uid, "restore_piece", args, timeout_us, answer, attempt_us=PIECE_US)
+
+    def _ask_leader(
+        self,
+        uid: int,
+        method: str,
+        args: dict[str, Any],
+        timeout_us: int,
+        answer: Any,
+        *,
+        attempt_us: int = 1_000_000,
+    ) -> None:
         """Call the group's leader, wherever it is; tries again until ``timeout_us`` is over."""
         deadline_us = self.now_us + timeout_us
         attempts = 0
 
         def ask(instance: int) -> None:
             if instance:
-                self.rpc(instance, method, args, answered, min(1_000_000, timeout_us))
+                self.rpc(instance, method, args, answered, min(attempt_us, timeout_us))
             else:
                 answered(NOT_LEADER, [0, 0])
 
@@ -237,6 +295,10 @@ _CALLS: dict[str, Callable[[CallLayer, int, dict[str, Any], int, Any], None]] = 
     "group_status": CallLayer._call_group_status,
     "replace_leader": CallLayer._call_replace_leader,
     "add_group": CallLayer._call_add_group,
+    "copy_begin": CallLayer._call_copy_begin,
+    "copy_read": CallLayer._call_copy_read,
+    "copy_end": CallLayer._call_copy_end,
+    "restore_piece": CallLayer._call_restore_piece,
     "remove_group": CallLayer._call_remove_group,
     "change_config": CallLayer._call_change_config,
 }

@@ -14,10 +14,10 @@ from typing import Any
 
 import msgpack
 
-from raftfleet.core.codes import DISK_FULL, NO_LEADER, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, OVERLOADED
+from raftfleet.core.codes import NO_LEADER, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, OVERLOADED, RESTORING
 from raftfleet.core.host_messages import OP_COMMAND, ForwardReply
 from raftfleet.core.names import FLEET_GROUP
-from raftfleet.fleet.host_rpc import RpcLayer
+from raftfleet.fleet.host_copying import CopyingLayer
 from raftfleet.fleet.requests import FROM_CLIENT, FROM_PEER, IN_A_LOG, Request
 
 OPEN_REQUESTS_MAX = 16_384
@@ -56,7 +56,7 @@ def is_run_part(body: object) -> bool:
 def in_doubt(outcomes: list[Any]) -> list[Any]:
     """Results of a run of which an earlier try was in a log: none of them may say that it was not applied."""
     return [
-        list(_unknown(one[1])) if type(one) is list and NO_LEADER <= one[0] <= DISK_FULL else one for one in outcomes
+        list(_unknown(one[1])) if type(one) is list and NO_LEADER <= one[0] <= RESTORING else one for one in outcomes
     ]
 
 
@@ -65,7 +65,7 @@ def _unknown(body: Any) -> tuple[int, str]:
     return OUTCOME_UNKNOWN, f"it was in the log of a leader that was deposed; then: {body}"
 
 
-class OpenRequestLayer(RpcLayer):
+class OpenRequestLayer(CopyingLayer):
     """Takes requests in and answers them. See the module's text."""
 
     def _accept(self, request: Request) -> None:
@@ -110,7 +110,7 @@ class OpenRequestLayer(RpcLayer):
         if request.done:
             return
         request.done = True
-        if request.maybe & IN_A_LOG and NO_LEADER <= code <= DISK_FULL and request.op == OP_COMMAND:
+        if request.maybe & IN_A_LOG and NO_LEADER <= code <= RESTORING and request.op == OP_COMMAND:
             code, body = _unknown(body)
         if request in self._open:
             del self._open[request]

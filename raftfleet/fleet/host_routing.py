@@ -24,7 +24,7 @@ from raftfleet.core.names import FLEET_GROUP, FLEET_UID
 from raftfleet.core.sessions import check_arguments, size_refusal
 from raftfleet.fleet.host_leaders import LeaderLayer
 from raftfleet.fleet.host_requests import OPEN_BYTES_MAX, OPEN_REQUESTS_MAX, in_doubt, is_run_part
-from raftfleet.fleet.requests import FROM_PEER, IN_A_LOG, ON_ITS_WAY, Request
+from raftfleet.fleet.requests import FROM_PEER, FROM_RPC, IN_A_LOG, ON_ITS_WAY, Request
 
 if TYPE_CHECKING:
     from raftfleet.core.member import Member
@@ -219,12 +219,15 @@ class RoutingLayer(LeaderLayer):
                 body = list(body)
             self._finish_with(request, code, body)
         elif code in (NOT_LEADER, DROPPED):
+            if request.origin == FROM_RPC:
+                self._finish_request(request, code, body)
+                return
             if code == NOT_LEADER:
                 request.maybe &= ~ON_ITS_WAY  # it never entered a log
             else:
                 request.maybe |= IN_A_LOG
             self._parked.setdefault(request.uid, []).append(request)
-        elif code == GONE_UID:
+        elif code == GONE_UID and request.origin != FROM_RPC:
             request.maybe &= ~ON_ITS_WAY  # it waited in front of the log
             self._check_name(request)
         else:

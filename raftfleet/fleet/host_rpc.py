@@ -132,6 +132,8 @@ class RpcLayer(HostState):
             "checked_index": audit.own.index if audit is not None and audit.own is not None else 0,
             "diverged": [row["node"] for row in rows if row["diverged"]],
             "divergences": audit.difference_count if audit is not None else 0,
+            "restoring": list(member.config.restore or ()) if member.restoring is not None else None,
+            "restored_bytes": len(member.restoring.received) if member.restoring is not None else None,
         }
 
     def _rpc_transfer(self, uid: int, instance: int) -> tuple[int, Any]:

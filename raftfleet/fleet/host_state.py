@@ -132,6 +132,7 @@ class HostState(ABC):
         self._awaiting_feed: dict[str, list[Request]] = {}
         self._forwarded: dict[int, Request] = {}
         self._newest_forward: dict[int, int] = {}
+        self._copies: dict[int, list[Any]] = {}  # id -> [bytes of a state, when a piece was last fetched]
         # Leaders: who moved, who is asked, who has none.
         self._moved: dict[int, None] = {}
         self._asking: dict[int, None] = {}

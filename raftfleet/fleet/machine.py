@@ -43,7 +43,7 @@ from raftfleet.core.names import check_group_name, hash64, shard_of
 from raftfleet.fleet.placement import PlacementRow, explain, node_hash, pair_hash
 from raftfleet.machine import StateMachine
 
-FIXED_SETTINGS = ("machine", "machine_version", "session_ttl_s", "session_count_max")
+FIXED_SETTINGS = ("machine", "machine_version", "session_ttl_s", "session_count_max", "restore")
 """What applying a command depends on: members learn of a change at different entries, and would differ for ever."""
 
 GONE_COUNT_MAX = 10_000
@@ -434,7 +434,7 @@ class FleetState:
         if not any(node.active for node in self.nodes.values()):
             raise FleetRefused(NO_ACTIVE_NODE, "the fleet has no active node: activate one")
         self._remove_group(epoch, group.name)
-        return self._add_group(epoch, group.name, group.replicas, group.config)
+        return self._add_group(epoch, group.name, group.replicas, {**group.config, "restore": None})
 
     def _change_config(self, epoch: int, name: object, config: object) -> dict[str, Any]:
         group = self._known_group(name)
@@ -442,8 +442,9 @@ class FleetState:
             settings = GroupConfig.from_dict(config).to_dict()
         except (ValueError, TypeError) as error:
             raise FleetRefused(BAD_REQUEST, str(error)) from error
-        if settings["machine_version"] is None:
-            settings["machine_version"] = group.config["machine_version"]
+        for field in ("machine_version", "restore"):
+            if settings[field] is None:
+                settings[field] = group.config[field]
         kept = [field for field in FIXED_SETTINGS if settings[field] != group.config[field]]
         leases = settings["clock_drift_margin"] is not None or group.config["clock_drift_margin"] is not None
         if leases and settings["election_timeout_s"] != group.config["election_timeout_s"]:

@@ -19,6 +19,8 @@ from raftfleet.core.names import shard_of
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer, Reply, StopNode
 from raftfleet.fleet.manager_repair import ManagerRepair
 
+READS = frozenset(("group_status", "copy_begin", "copy_read", "copy_end"))
+
 
 class ManagerCalls(ManagerRepair):
     """The methods of the control socket."""
@@ -176,7 +178,7 @@ class ManagerCalls(ManagerRepair):
 
     def _call_of_group(self, method: str, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
         index = shard_of(args["name"], len(self.shards))
-        self._pass_to_shard(index, method, args, timeout_us, answer, reads=method == "group_status")
+        self._pass_to_shard(index, method, args, timeout_us, answer, reads=method in READS)
 
     def _call_groups(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
         self._pass_to_shard(0, "fleet_query", {"query": ["groups"]}, timeout_us, answer, reads=True)
@@ -280,6 +282,10 @@ _CALLS: dict[str, Callable[..., None]] = {
     "groups": ManagerCalls._call_groups,
     "groups_detail": ManagerCalls._call_groups_detail,
     "members": ManagerCalls._call_members,
+    "copy_begin": _of_group("copy_begin"),
+    "copy_read": _of_group("copy_read"),
+    "copy_end": _of_group("copy_end"),
+    "restore_piece": _of_group("restore_piece"),
     "group_status": _of_group("group_status"),
     "replace_leader": _of_group("replace_leader"),
     "unreachable_nodes": ManagerCalls._call_unreachable,

@@ -14,6 +14,8 @@ from raftfleet.core.host_messages import OP_COMMAND, OP_QUERY
 FROM_CLIENT = 0
 FROM_PEER = 1
 FROM_HOST = 2
+FROM_RPC = 3
+"""Another shard's call, which is answered with whatever the member here says: its asker knows what to make of it."""
 
 ON_ITS_WAY = 1
 """It was handed to a member that may lead, and that has not answered."""
@@ -26,7 +28,7 @@ class Request:
 
     Attributes:
         source: connection, instance or None.
-        answer: only for the host's own requests.
+        answer: only for the host's own requests, and other shards' calls.
         count: of the commands or queries of a run, as its sender said; 0: one, which is no run. A run goes its way as
             one request; only its answers may come in parts (:meth:`raftfleet.fleet.host_requests.run_parts`).
     """

@@ -29,6 +29,7 @@ from raftfleet.node import cli_output
 from raftfleet.node.cli_common import EXIT_FAILED, EXIT_USAGE, connected, node_command, timeout_option
 from raftfleet.node.cli_repair import audit, repair
 from raftfleet.node.cli_start import start
+from raftfleet.node.cli_states import export, read_state, restore
 from raftfleet.node.cli_wal import wal
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ main.add_command(start)
 main.add_command(wal)
 main.add_command(repair)
 main.add_command(audit)
+main.add_command(export)
+main.add_command(restore)
 
 
 # -------------------------------------------------------------------- asking the local node
@@ -237,6 +240,14 @@ def remove_dead_node(node: str, run_dir: Path | None) -> None:
     metavar="FIELD=JSON",
     help="Any other field of GroupConfig, such as election_timeout_s=2; repeatable.",
 )
+@click.option(
+    "--restore",
+    "restore_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="RAFTFLEET_RESTORE",
+    show_envvar=True,
+    help="Begin with the state in this file, which `export` wrote or which lies in an archive.",
+)
 @timeout_option(5.0)
 def add_group(
     name: str,
@@ -244,12 +255,14 @@ def add_group(
     machine: str,
     hook: str | None,
     settings: tuple[str, ...],
+    restore_file: Path | None,
     timeout: float,
     run_dir: Path | None,
 ) -> None:
     """Add consensus group NAME and return when it has a leader."""
     from raftfleet.core.config import GroupConfig
 
+    state = read_state(restore_file) if restore_file is not None else None
     fields: dict[str, Any] = {"machine": machine, "hook": hook}
     fields.update(_parse_setting(setting) for setting in settings)
     try:
@@ -257,7 +270,7 @@ def add_group(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     with connected(run_dir) as fleet:
-        fleet.add_consensus_group(name, replicas, config, timeout=timeout)
+        fleet.add_consensus_group(name, replicas, config, restore=state, timeout=timeout)
         leader = fleet.whereis_leader(name)
     cli_output.say(f"group {name} is there" + (f", led by node {leader.node}" if leader else ""))
 

@@ -28,6 +28,7 @@ NEXT_STEPS: tuple[tuple[type[BaseException], str], ...] = (
     (errors.NoLeader, "`raftfleet-node leaderless` says which members are there; try again, or with more --timeout."),
     (errors.Unanswered, "Try again, or with more --timeout; `query --stale` asks any member."),
     (errors.Overloaded, "Try again a little later, and offer less load."),
+    (errors.BeingRestored, "Wait, or run the same `raftfleet-node restore` again: it goes on where it was cut short."),
     (errors.CommandTooLarge, "Send less, or raise command_bytes_max in the group's config."),
     (errors.SessionExpired, "Look with `raftfleet-node query` whether it was applied before you send it again."),
     (errors.OutcomeUnknown, "Look with `raftfleet-node query` whether it was applied before you send it again."),

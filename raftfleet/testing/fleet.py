@@ -28,9 +28,11 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.client import copying
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.context import CommandContext
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
+from raftfleet.errors import RaftFleetError
 from raftfleet.fleet.machine import FleetState, Group
 from raftfleet.fleet.reconcile import fleet_voters
 from raftfleet.node.machines import MachineLoader
@@ -42,6 +44,7 @@ from raftfleet.testing.shards import WALL_EPOCH_US
 from raftfleet.testing.sim_client import SimFleetClient
 from raftfleet.testing.sim_worker import Answer, Channel, SimWorker, TableRow
 from raftfleet.wire import ipc
+from raftfleet.wire.exported import ExportedState
 
 COUNTER = GroupConfig("raftfleet.testing.machines:JustAnInt")
 """``"inc"`` returns the integer as it was: the n-th one returns n - 1, or something was lost or done twice."""
@@ -518,16 +521,32 @@ class SimFleet:
     # -- groups ----------------------------------------------------------------------------------------------------
 
     def add_group(
-        self, name: str, replicas: int = 3, config: GroupConfig = COUNTER, *, node: str | None = None, wait: bool = True
+        self,
+        name: str,
+        replicas: int = 3,
+        config: GroupConfig = COUNTER,
+        *,
+        node: str | None = None,
+        wait: bool = True,
+        restore: ExportedState | None = None,
     ) -> int:
         """Add a group by way of ``node`` (default: the first) and wait until that node knows its leader.
+
+        Args:
+            restore: the state to begin with; then the group also has it all when this returns.
 
         Returns:
             Its uid.
         """
         node = node or self._first_node()
+        if restore is not None:
+            config = copying.restored_config(restore, config)
         args = {"name": name, "replicas": replicas, "config": config.to_dict()}
-        uid: int = self.call(node, "add_group", args)["uid"]
+        uid: int = (
+            self.take(node, name, copying.begin_steps(args, 5.0))
+            if restore
+            else self.call(node, "add_group", args)["uid"]
+        )
 
         def serves() -> bool:
             row = self.nodes[node].lookup(name)
@@ -535,7 +554,36 @@ class SimFleet:
 
         if wait:
             self.run_until(serves, f"node {node} knows a leader of {name}", 5)
+        if restore is not None:
+            self.take(node, name, copying.piece_steps(name, uid, restore.state, 20.0))
         return uid
+
+    def export_group(self, name: str, *, node: str | None = None, consistency: str = "linearizable") -> ExportedState:
+        """Copy a group's state by way of ``node``, as :meth:`raftfleet.Fleet.export_group` does."""
+        exported: ExportedState = self.take(
+            node or self._first_node(), name, copying.export_steps(name, consistency, 5.0)
+        )
+        return exported
+
+    def take(self, node: str, name: str, steps: copying.Steps) -> Any:
+        """Carry out a client's steps about group ``name`` by way of ``node``; its manager would pass them on alike."""
+        owner = shard_of(name, self.nodes[node].workers_count)
+        try:
+            method, args, seconds = next(steps)
+            while True:
+                if method == copying.PAUSE:
+                    self.run_for(seconds)
+                    method, args, seconds = next(steps)
+                    continue
+                try:
+                    index = 0 if method == "add_group" else owner
+                    answer = self.call(node, method, args, index=index, timeout_s=seconds)
+                except RaftFleetError as error:
+                    method, args, seconds = steps.throw(error)
+                else:
+                    method, args, seconds = steps.send(answer)
+        except StopIteration as end:
+            return end.value
 
     def remove_group(self, name: str, *, node: str | None = None) -> None:
         """Remove a group by way of ``node``."""

@@ -59,6 +59,7 @@ from raftfleet.core.codes import OVERLOADED as OVERLOADED
 from raftfleet.core.codes import PUSH as PUSH
 from raftfleet.core.codes import QUERY_FAILED as QUERY_FAILED
 from raftfleet.core.codes import REFUSED as REFUSED
+from raftfleet.core.codes import RESTORING as RESTORING
 from raftfleet.core.codes import SESSION_EXPIRED as SESSION_EXPIRED
 from raftfleet.core.codes import TOO_LARGE as TOO_LARGE
 from raftfleet.core.codes import UNANSWERED as UNANSWERED
@@ -106,6 +107,7 @@ EXCEPTIONS: dict[int, type[errors.RaftFleetError]] = {
     REFUSED: errors.Refused,
     UNANSWERED: errors.Unanswered,
     DISK_FULL: errors.DiskFull,
+    RESTORING: errors.BeingRestored,
     OUTCOME_UNKNOWN: errors.OutcomeUnknown,
     SESSION_EXPIRED: errors.SessionExpired,
     GROUP_CHANGED: errors.OutcomeUnknown,

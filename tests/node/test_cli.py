@@ -21,7 +21,7 @@ from raftfleet.transport.curve import load_secret_key
 COMMANDS = {
     "start", "status", "groups", "nodes", "members", "activate", "deactivate", "stop", "add-group", "remove-group",
     "command", "query", "transfer", "remove-dead-node", "leaderless", "keygen", "demo",
-    "wal", "repair", "audit",
+    "wal", "repair", "audit", "export", "restore",
 }  # fmt: skip
 
 
