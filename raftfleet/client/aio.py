@@ -17,7 +17,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +35,15 @@ from raftfleet.client.core import (
     run_results,
     runs,
 )
-from raftfleet.client.sync import POLL_S_FIRST, POLL_S_MAX, config_arguments, group_arguments, reason_of
+from raftfleet.client.sync import (
+    POLL_S_FIRST,
+    POLL_S_MAX,
+    config_arguments,
+    group_arguments,
+    groups_arguments,
+    reason_of,
+    unled_text,
+)
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name
 from raftfleet.node import rundir
@@ -207,6 +215,19 @@ class Fleet:
                     method, args, seconds = steps.send(answer)
         except StopIteration as end:
             return end.value
+
+    async def add_consensus_groups(
+        self, names: Iterable[str], replicas: int = 3, config: GroupConfig | None = None, *, timeout: float = 60.0
+    ) -> None:
+        """Add many groups and return when each has a leader. As :meth:`raftfleet.Fleet.add_consensus_groups`."""
+        deadline_s = time.monotonic() + timeout
+        for args in groups_arguments(names, replicas, config):
+            uids = (await self.call("add_groups", args, max(0.1, deadline_s - time.monotonic())))["uids"]
+            waiting = list(zip(args["names"], uids, strict=True))
+            while waiting := core.without_leader(self._table.lookup, waiting):
+                if time.monotonic() >= deadline_s:
+                    raise errors.NoLeader(unled_text(waiting, timeout))
+                await asyncio.sleep(POLL_S_MAX)
 
     async def remove_consensus_group(self, name: str, *, timeout: float = 5.0) -> None:
         """Remove a group and its state. As :meth:`raftfleet.Fleet.remove_consensus_group`."""

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgpack
@@ -121,6 +122,11 @@ def leader_in(status: object) -> Leader | None:
 def serves(slot: LeaderSlot | None, uid: int) -> bool:
     """Whether the leader table knows a leader of the group ``uid``, or of a later one of its name."""
     return slot is not None and slot.uid >= uid and slot.node is not None
+
+
+def without_leader(lookup: Callable[[str], LeaderSlot | None], groups: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Those of the groups ``(name, uid)`` of which the leader table knows no leader yet."""
+    return [(name, uid) for name, uid in groups if not serves(lookup(name), uid)]
 
 
 def pack_argument(arg: object, what: str) -> bytes:

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,8 @@ IDLE_CONNECTIONS_MAX = 64
 """Per socket; more are closed when they become idle."""
 
 POLL_S_FIRST, POLL_S_MAX = 0.001, 0.02
+GROUPS_AT_ONCE = 1000
+"""Groups that one call to the node adds, which is also the fleet's own limit."""
 """How often the leader table is looked at by whoever waits for a leader: a look costs no I/O."""
 
 _TIMEVAL = struct.Struct("ll")
@@ -217,6 +220,33 @@ class Fleet:
                     method, args, seconds = steps.send(answer)
         except StopIteration as end:
             return end.value
+
+    def add_consensus_groups(
+        self, names: Iterable[str], replicas: int = 3, config: GroupConfig | None = None, *, timeout: float = 60.0
+    ) -> None:
+        """Add many groups of one kind and return when each has a leader: a thousand take about a second.
+
+        They are added a thousand at a time, and each thousand as a whole or not at all: when this raises, those before
+        it are there, and ``consensus_groups`` tells which.
+
+        Args:
+            names: all different.
+            replicas, config: of each of them, as for :meth:`add_consensus_group`.
+            timeout: seconds until all must serve.
+
+        Raises:
+            AlreadyAdded: there is a group of one of the names.
+            NoLeader: the groups were added and one that is named had no leader yet when the time was over.
+            NoActiveNode, StateMachineNotImportable, OutcomeUnknown: as :meth:`add_consensus_group`.
+        """
+        deadline_s = time.monotonic() + timeout
+        for args in groups_arguments(names, replicas, config):
+            uids = self.call("add_groups", args, max(0.1, deadline_s - time.monotonic()))["uids"]
+            waiting = list(zip(args["names"], uids, strict=True))
+            while waiting := core.without_leader(self._table.lookup, waiting):
+                if time.monotonic() >= deadline_s:
+                    raise errors.NoLeader(unled_text(waiting, timeout))
+                time.sleep(POLL_S_MAX)
 
     def remove_consensus_group(self, name: str, *, timeout: float = 5.0) -> None:
         """Remove a group and its state from all nodes. The name can be used again at once.
@@ -489,6 +519,30 @@ def group_arguments(
     if type(replicas) is not int or replicas < 1:
         raise ValueError(f"replicas is a whole number from 1, not {replicas!r}")
     return {**arguments, "replicas": replicas}
+
+
+def groups_arguments(names: Iterable[str], replicas: int, config: GroupConfig | None) -> list[dict[str, Any]]:
+    """Arguments of the manager's ``add_groups``, one call's for each thousand of the names.
+
+    Raises:
+        TypeError, ValueError: one is missing or of no use.
+    """
+    if isinstance(names, (str, bytes)):
+        raise TypeError(f"names is a list of names, not one of them: {names!r:.100}")
+    every = [check_group_name(name) for name in names]
+    if len(set(every)) != len(every):
+        raise ValueError("names must differ from each other")
+    batches = [every[start : start + GROUPS_AT_ONCE] for start in range(0, len(every), GROUPS_AT_ONCE)]
+    arguments = [{**group_arguments(batch[0], replicas, config), "names": batch} for batch in batches]
+    for batch_arguments in arguments:
+        del batch_arguments["name"]
+    return arguments
+
+
+def unled_text(waiting: list[tuple[str, int]], timeout: float) -> str:
+    """What the caller is told of groups without a leader."""
+    others = f" and {len(waiting) - 1} others" if len(waiting) > 1 else ""
+    return f"group {waiting[0][0]!r}{others} was added, but has no leader after {timeout:g} s"
 
 
 def config_arguments(name: str, config: GroupConfig | None) -> dict[str, Any]:

@@ -146,7 +146,8 @@ class Shard:
         self._timers: list[tuple[int, int]] = []
         self._next_beat_us = 0
         self._started_us = -1
-        self._held_votes: dict[tuple[int, int], tuple[int, Any]] = {}
+        self._held_votes: dict[int, dict[int, tuple[int, Any]]] = {}  # uid -> sender -> (until when, request)
+        self._held_vote_count = 0
         self._established: list[Member] = []
         self._leaving: list[Member] = []
         self._lost_told: set[int] = set()
@@ -365,9 +366,10 @@ class Shard:
             member.wait_to_campaign()
             if campaign:
                 member.campaign(pre=True)
-        for (held_uid, sender), (until_us, message) in list(self._held_votes.items()):
-            if held_uid == uid:
-                del self._held_votes[held_uid, sender]
+        held = self._held_votes.pop(uid, None)
+        if held is not None:
+            self._held_vote_count -= len(held)
+            for sender, (until_us, message) in held.items():
                 if until_us >= self.now_us:
                     member.on_vote(sender, message)
         return member
@@ -431,9 +433,11 @@ class Shard:
                 # It was removed before this member was, and those who remain may be unknown to it.
                 self.send(sender, Gone(GONE, uid, buried.term, buried.commit))
                 return None
-            if len(self._held_votes) >= HELD_VOTES_MAX:
-                self._held_votes.pop(next(iter(self._held_votes)))
-            self._held_votes[uid, sender] = (self.now_us + HELD_VOTE_US, message)
+            if self._held_vote_count >= HELD_VOTES_MAX:
+                self._held_vote_count -= len(self._held_votes.pop(next(iter(self._held_votes))))
+            held = self._held_votes.setdefault(uid, {})
+            self._held_vote_count += sender not in held
+            held[sender] = (self.now_us + HELD_VOTE_US, message)
             return None
         if kind not in (APPEND, SNAPSHOT):
             return None

@@ -208,7 +208,7 @@ class CallLayer(ChangingLayer):
         if not stale:
             self._ask_leader(group.uid, "copy_begin", wanted, timeout_us, answered, attempt_us=COPY_US)
             return
-        places = dict.fromkeys([self.instance, *(i for _, i in self.fleet.desired(group) + list(group.members))])
+        places = dict.fromkeys([self.instance, *(i for _, i in (*self.fleet.desired(group), *group.members))])
         self._ask_any([i for i in places if i not in self.fleet.gone], "copy_begin", wanted, answered)
 
     def _ask_any(self, instances: list[int], method: str, args: dict[str, Any], answer: Any) -> None:
@@ -299,6 +299,7 @@ _CALLS: dict[str, Callable[[CallLayer, int, dict[str, Any], int, Any], None]] = 
     "copy_read": CallLayer._call_copy_read,
     "copy_end": CallLayer._call_copy_end,
     "restore_piece": CallLayer._call_restore_piece,
+    "add_groups": CallLayer._call_add_groups,
     "remove_group": CallLayer._call_remove_group,
     "change_config": CallLayer._call_change_config,
 }

@@ -7,18 +7,20 @@ caller is told. Rules:
   node that does not answer in time is no obstacle: the group will start there when it can.
 * After a group was removed, most of its members have stopped before the caller hears of it: no client can still be
   answered by the old group then.
-* The fleet's machine has the last word on every command (:mod:`raftfleet.fleet.machine`).
+* Whether a name is taken says the fleet's machine alone (:mod:`raftfleet.fleet.machine`): the copy of its state here
+  may lag behind a removal of which the caller has been told already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from raftfleet.core.codes import ALREADY_ADDED, NOT_ACTIVE, NOT_IMPORTABLE, OK
+from raftfleet.core.codes import NOT_ACTIVE, NOT_IMPORTABLE, OK
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.names import check_group_name
 from raftfleet.fleet.host_reconciling import ReconcilingLayer
-from raftfleet.fleet.machine import Group
+from raftfleet.fleet.machine import GROUPS_AT_ONCE_MAX, Group
 
 IMPORT_CHECK_US = 3_000_000
 DROP_WAIT_US = 1_000_000
@@ -29,6 +31,18 @@ class ChangingLayer(ReconcilingLayer):
 
     def _call_add_group(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         name = check_group_name(args["name"])
+        self._add_checked([name], args, timeout_us, answer, lambda *settings: ["add_group", name, *settings])
+
+    def _call_add_groups(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        names = [check_group_name(name) for name in args["names"]]
+        if len(names) > GROUPS_AT_ONCE_MAX:
+            raise ValueError(f"at most {GROUPS_AT_ONCE_MAX} groups are added at once, not {len(names)}")
+        self._add_checked(names, args, timeout_us, answer, lambda *settings: ["add_groups", names, *settings])
+
+    def _add_checked(
+        self, names: list[str], args: dict[str, Any], timeout_us: int, answer: Any, command: Callable[..., list[Any]]
+    ) -> None:
+        """Propose ``command(replicas, config)`` once the machine was imported wherever a member is to be."""
         replicas = args["replicas"]
         if type(replicas) is not int:
             raise ValueError("replicas is a whole number")
@@ -36,16 +50,32 @@ class ChangingLayer(ReconcilingLayer):
         if not self.fleet_known:
             answer(NOT_ACTIVE, f"node {self.settings.node} is not in a fleet yet: see 'raftfleet-node status'")
             return
-        if name in self.fleet.by_name:
-            answer(ALREADY_ADDED, f"a consensus group {name!r} exists already")
-            return
-        probe = Group(0, name, replicas, config.to_dict(), ())
-        places = self.fleet.desired(probe)
-        check = (config.machine, config.hook, config.machine_version)
+        fields = config.to_dict()
+        places = {
+            instance: node
+            for name in names
+            for node, instance in self.fleet.desired(Group(0, name, replicas, fields, ()))
+        }
         if not places:
-            self._fleet_command(["add_group", name, replicas, config.to_dict()], timeout_us, answer)  # says why not
+            self._fleet_command(command(replicas, fields), timeout_us, answer)  # says why not
             return
-        unchecked = [(node, instance) for node, instance in places if (instance, *check) not in self._import_ok]
+
+        def checked(versions: list[int], failure: Any) -> None:
+            if failure is not None:
+                answer(NOT_IMPORTABLE, failure)
+                return
+            if config.machine_version is None:
+                fields["machine_version"] = min(versions)
+            self._fleet_command(command(replicas, fields), timeout_us, answer)
+
+        self._check_imports(sorted(places), config, min(IMPORT_CHECK_US, timeout_us // 2), checked)
+
+    def _check_imports(
+        self, instances: list[int], config: GroupConfig, timeout_us: int, then: Callable[[list[int], Any], None]
+    ) -> None:
+        """``then(version of the machine on each, failure or None)``; what was found out once is not asked again."""
+        check = (config.machine, config.hook, config.machine_version)
+        unchecked = [instance for instance in instances if (instance, *check) not in self._import_ok]
         failures: list[Any] = []
         left = len(unchecked)
 
@@ -61,26 +91,21 @@ class ChangingLayer(ReconcilingLayer):
             elif code == NOT_IMPORTABLE:
                 failures.append(body)
             if left == 0:
-                decide()
+                finish()
 
-        def decide() -> None:
-            if failures:
-                answer(NOT_IMPORTABLE, failures[0])
-                return
-            fields = config.to_dict()
-            if config.machine_version is None:
-                fields["machine_version"] = min(self._import_ok.get((instance, *check), 1) for _, instance in places)
-            self._fleet_command(["add_group", name, replicas, fields], timeout_us, answer)
+        def finish() -> None:
+            versions = [self._import_ok.get((instance, *check), 1) for instance in instances]
+            then(versions, failures[0] if failures else None)
 
         if not unchecked:
-            decide()
-        for _, instance in unchecked:
+            finish()
+        for instance in unchecked:
             self.rpc(
                 instance,
                 "import_check",
                 {"config": config.to_dict()},
                 lambda code, body, instance=instance: checked(instance, code, body),  # type: ignore[misc]
-                min(IMPORT_CHECK_US, timeout_us // 2),
+                timeout_us,
             )
 
     def _call_remove_group(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:

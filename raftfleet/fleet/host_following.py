@@ -145,10 +145,11 @@ class FollowingLayer(RoutingLayer):
         self.fleet_known = bool(self.fleet.fleet_id)
         for command in executed:
             what = command[0]
-            if what == "add_group":
-                group = self.fleet.by_name.get(command[1])
-                if group is not None:
-                    self._group_added(group)
+            if what in ("add_group", "add_groups"):
+                for name in (command[1],) if what == "add_group" else command[1]:
+                    group = self.fleet.by_name.get(name)
+                    if group is not None:
+                        self._group_added(group)
             elif what == "remove_group":
                 uid = self._known.get(command[1])
                 group = self.fleet.by_name.get(command[1])

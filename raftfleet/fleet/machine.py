@@ -22,6 +22,7 @@ Commands are lists, first item a str::
     ["declare_lost", node]                               an operator: what that node once held will not come back
     ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
+    ["add_groups", [name, ...], replicas, config]        all of them or, if one is refused, none
     ["renew_group", uid, [instance, ...]]                on_majority_loss = "new": its lost voters, which are gone
 
 ``replaces`` and ``old`` are the node's instances as the asker knew them ([]: none): if they are others by now, the
@@ -33,6 +34,7 @@ Queries: ``["nodes"]``, ``["groups"]``, ``["group", name]``, ``["state"]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -51,7 +53,10 @@ GONE_COUNT_MAX = 10_000
 
 REPLICA_COUNT_MAX = 31
 WORKER_COUNT_MAX = 1024
-_FORMAT = 1
+GROUPS_AT_ONCE_MAX = 1000
+"""Names in one ``add_groups``: more would hold up, in one entry of the log, all that comes behind it."""
+_PLACEMENTS_SHARED_MAX = 10_000
+_FORMAT = 2
 
 
 class FleetRefused(Exception):
@@ -111,26 +116,39 @@ class Node:
         return f"Node({self.fields()!r})"
 
 
+Placement = tuple[tuple[str, int], ...]
+"""Members as ``(node, instance)``, desired leader first."""
+
+
+@lru_cache(maxsize=1024)
+def _settings(packed: bytes) -> tuple[dict[str, Any], GroupConfig]:
+    # One object for all groups of equal settings, as dict and as GroupConfig: a fleet has many groups and few kinds.
+    # The key is msgpack's form, in which 600 and 600.0 differ, as they do in a dump.
+    config = GroupConfig.from_dict(msgpack.unpackb(packed))
+    return config.to_dict(), config
+
+
 class Group:
-    """A group of the fleet. ``members``: the initial voters as ``(node, instance)``, desired leader first."""
+    """A group of the fleet. ``members``: the initial voters.
 
-    __slots__ = ("_desired", "_desired_version", "config", "members", "name", "name_hash", "replicas", "uid")
+    There are as many of these in every process of a node as the fleet has groups: what several can share (settings,
+    placements) they do share.
+    """
 
-    def __init__(
-        self, uid: int, name: str, replicas: int, config: dict[str, Any], members: tuple[tuple[str, int], ...]
-    ) -> None:
+    __slots__ = ("_desired", "_desired_version", "config", "members", "name", "replicas", "uid")
+
+    def __init__(self, uid: int, name: str, replicas: int, config: dict[str, Any], members: Placement) -> None:
         self.uid = uid
         self.name = name
         self.replicas = replicas
         self.config = config
         self.members = members
-        self.name_hash = hash64(name.encode("utf-8"))
-        self._desired: list[tuple[str, int]] = []
+        self._desired: Placement = ()
         self._desired_version = -1
 
     def group_config(self) -> GroupConfig:
         """The config as an object."""
-        return GroupConfig.from_dict(self.config)
+        return _settings(msgpack.packb(self.config))[1]
 
     def fields(self) -> dict[str, Any]:
         """What queries answer about a group."""
@@ -163,6 +181,7 @@ class FleetState:
 
     __slots__ = (
         "_homes",
+        "_placements",
         "_zones",
         "_zones_version",
         "by_name",
@@ -187,7 +206,8 @@ class FleetState:
         self.counter = 0
         self.node_version = 0
         self._homes: dict[int, tuple[str, int]] = {}
-        self._zones: list[list[tuple[int, str, Node]]] = []
+        self._placements: dict[Placement, Placement] = {}
+        self._zones: list[list[tuple[int, str, Placement]]] = []
         self._zones_version = -1
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -217,10 +237,10 @@ class FleetState:
                 zones.setdefault(node.zone, []).append(name)
         return {zone: zones[zone] for zone in sorted(zones)}
 
-    def desired(self, group: Group) -> list[tuple[str, int]]:
+    def desired(self, group: Group) -> Placement:
         """(node, instance) of the members the group should have, desired leader first. Cached per node version."""
         if group._desired_version != self.node_version:
-            group._desired = self._place(group.name, group.name_hash, group.replicas)
+            group._desired = self._place(group.name, group.replicas)
             group._desired_version = self.node_version
         return group._desired
 
@@ -228,27 +248,35 @@ class FleetState:
         """Every active node's standing for the group, best first."""
         return explain(group.name, group.replicas, self.active_nodes())
 
-    def _place(self, name: str, name_hash: int, replicas: int) -> list[tuple[str, int]]:
+    def _place(self, name: str, replicas: int) -> Placement:
         # The rule of placement.place, unrolled over a table of nodes that is made once per node version: a test holds
         # the two together.
         if self._zones_version != self.node_version:
-            zones: dict[str, list[tuple[int, str, Node]]] = {}
+            zones: dict[str, list[tuple[int, str, Placement]]] = {}
             for node in self.nodes.values():
                 if node.active:
-                    zones.setdefault(node.zone, []).append((node_hash(node.name), node.name, node))
+                    shards = tuple((node.name, instance) for instance in node.instances)
+                    zones.setdefault(node.zone, []).append((node_hash(node.name), node.name, shards))
             self._zones = list(zones.values())
             self._zones_version = self.node_version
-        ranked: list[tuple[int, int, str, Node]] = []
+        name_hash = hash64(name.encode("utf-8"))
+        ranked: list[tuple[int, int, str, Placement]] = []
         for zone in self._zones:
             if len(zone) == 1:
-                hash_, node_name, node = zone[0]
-                ranked.append((0, pair_hash(hash_, name_hash), node_name, node))
+                hash_, node_name, shards = zone[0]
+                ranked.append((0, pair_hash(hash_, name_hash), node_name, shards))
                 continue
-            in_zone = [(pair_hash(hash_, name_hash), node_name, node) for hash_, node_name, node in zone]
+            in_zone = [(pair_hash(hash_, name_hash), node_name, shards) for hash_, node_name, shards in zone]
             in_zone.sort()
-            ranked.extend((rank, h, node_name, node) for rank, (h, node_name, node) in enumerate(in_zone[:replicas]))
+            ranked.extend((rank, h, node_name, s) for rank, (h, node_name, s) in enumerate(in_zone[:replicas]))
         ranked.sort()
-        return [(n, node.instances[shard_of(name, len(node.instances))]) for _, _, n, node in ranked[:replicas]]
+        return self._shared(tuple(shards[shard_of(name, len(shards))] for _, _, _, shards in ranked[:replicas]))
+
+    def _shared(self, placement: Placement) -> Placement:
+        """The one object for all groups that are placed so."""
+        if len(self._placements) >= _PLACEMENTS_SHARED_MAX:
+            self._placements.clear()
+        return self._placements.setdefault(placement, placement)
 
     # -- changing ---------------------------------------------------------------------------------------------------
 
@@ -393,26 +421,39 @@ class FleetState:
         return {}
 
     def _add_group(self, epoch: int, name: object, replicas: object, config: object) -> dict[str, Any]:
+        (group,) = self._add(epoch, [name], replicas, config)
+        return {"uid": group.uid, "members": [[node, instance] for node, instance in group.members]}
+
+    def _add_groups(self, epoch: int, names: object, replicas: object, config: object) -> dict[str, Any]:
+        if not isinstance(names, (list, tuple)) or not 1 <= len(names) <= GROUPS_AT_ONCE_MAX:
+            raise FleetRefused(BAD_REQUEST, f"names is a list of 1 to {GROUPS_AT_ONCE_MAX} names")
+        return {"uids": [group.uid for group in self._add(epoch, names, replicas, config)]}
+
+    def _add(self, epoch: int, names: Iterable[object], replicas: object, config: object) -> list[Group]:
         try:
-            name = check_group_name(name)
-            settings = GroupConfig.from_dict(config).to_dict()
+            checked = [check_group_name(name) for name in names]
+            _check_distinct("group names", checked)
+            settings = _settings(msgpack.packb(GroupConfig.from_dict(config).to_dict()))[0]
         except (ValueError, TypeError) as error:
             raise FleetRefused(BAD_REQUEST, str(error)) from error
         if isinstance(replicas, bool) or not isinstance(replicas, int) or not 1 <= replicas <= REPLICA_COUNT_MAX:
             raise FleetRefused(
                 BAD_REQUEST, f"replicas is a number from 1 to {REPLICA_COUNT_MAX}, not {replicas!r:.100}"
             )
-        if name in self.by_name:
-            raise FleetRefused(ALREADY_ADDED, f"there is a group {name!r} already")
+        taken = [name for name in checked if name in self.by_name]
+        if taken:
+            others = f" (and {len(taken) - 1} others of these)" if len(taken) > 1 else ""
+            raise FleetRefused(ALREADY_ADDED, f"there is a group {taken[0]!r}{others} already")
         if not any(node.active for node in self.nodes.values()):
             raise FleetRefused(NO_ACTIVE_NODE, "the fleet has no active node: activate one")
-        self.counter += 1
-        uid = epoch << 40 | self.counter
-        group = Group(uid, name, replicas, settings, ())
-        group.members = tuple(self.desired(group))
-        self.groups[uid] = group
-        self.by_name[name] = group
-        return {"uid": uid, "members": [[node, instance] for node, instance in group.members]}
+        added = []
+        for name in checked:
+            self.counter += 1
+            group = Group(epoch << 40 | self.counter, name, replicas, settings, ())
+            group.members = self.desired(group)
+            self.groups[group.uid] = self.by_name[name] = group
+            added.append(group)
+        return added
 
     def _remove_group(self, epoch: int, name: object) -> dict[str, Any]:
         group = self._known_group(name)
@@ -452,7 +493,7 @@ class FleetState:
         if kept:
             text = f"{group.name!r} keeps its {', '.join(kept)}: these are settled when a group is added"
             raise FleetRefused(REFUSED, text)
-        group.config = settings
+        group.config = _settings(msgpack.packb(settings))[0]
         return {"uid": group.uid}
 
     # -- parts ------------------------------------------------------------------------------------------------------
@@ -514,14 +555,30 @@ class FleetState:
     # -- dump and load ----------------------------------------------------------------------------------------------
 
     def dump(self) -> bytes:
-        """msgpack ``[format, fleet_id, epoch, counter, nodes, groups, gone]``, each in its dict's order."""
+        """msgpack ``[format, fleet_id, epoch, counter, nodes, settings, placements, groups, gone]``, in dicts' orders.
+
+        A group is ``[uid, name, replicas, number of its settings, number of its placement]``: 100,000 of them then fit
+        into one frame to the manager.
+        """
         nodes = [
             [n.name, n.zone, n.host, n.port, n.public_key, list(n.instances), n.active] for n in self.nodes.values()
         ]
-        groups = [[g.uid, g.name, g.replicas, g.config, [list(m) for m in g.members]] for g in self.groups.values()]
+        settings: dict[bytes, int] = {}
+        placements: dict[Placement, int] = {}
+        groups = []
+        packed_settings: dict[int, bytes] = {}  # by the dict's identity: most are one object
+        for g in self.groups.values():
+            packed = packed_settings.get(id(g.config))
+            if packed is None:
+                packed = packed_settings[id(g.config)] = msgpack.packb(g.config)
+            setting = settings.setdefault(packed, len(settings))
+            groups.append([g.uid, g.name, g.replicas, setting, placements.setdefault(g.members, len(placements))])
         gone = [[instance, reason, self.former[instance]] for instance, reason in self.gone.items()]
-        packed: bytes = msgpack.packb([_FORMAT, self.fleet_id, self.epoch, self.counter, nodes, groups, gone])
-        return packed
+        tables = [list(settings), [[list(member) for member in placement] for placement in placements]]
+        dumped: bytes = msgpack.packb(
+            [_FORMAT, self.fleet_id, self.epoch, self.counter, nodes, *tables, groups, gone], use_bin_type=True
+        )
+        return dumped
 
     @classmethod
     def load(cls, data: bytes) -> FleetState:
@@ -529,15 +586,17 @@ class FleetState:
         fields = msgpack.unpackb(data, strict_map_key=False)
         if not isinstance(fields, list) or not fields or fields[0] != _FORMAT:
             raise ValueError("this is not the state of a fleet, or that of another version")
-        _, fleet_id, epoch, counter, nodes, groups, gone = fields
+        _, fleet_id, epoch, counter, nodes, settings, placements, groups, gone = fields
         state = cls()
         state.fleet_id = fleet_id
         state.epoch = epoch
         state.counter = counter
         for name, zone, host, port, public_key, instances, active in nodes:
             state._put_node(Node(name, zone, host, port, public_key, tuple(instances), active))
-        for uid, name, replicas, config, members in groups:
-            group = Group(uid, name, replicas, config, tuple((node, instance) for node, instance in members))
+        configs = [_settings(packed)[0] for packed in settings]
+        members = [state._shared(tuple((node, instance) for node, instance in placement)) for placement in placements]
+        for uid, name, replicas, setting, placement in groups:
+            group = Group(uid, name, replicas, configs[setting], members[placement])
             state.groups[uid] = group
             state.by_name[name] = group
         state.gone = {instance: reason for instance, reason, _ in gone}
@@ -559,6 +618,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "declare_lost": (FleetState._declare_lost, 1),
     "instances": (FleetState._instances, 3),
     "add_group": (FleetState._add_group, 3),
+    "add_groups": (FleetState._add_groups, 3),
     "remove_group": (FleetState._remove_group, 1),
     "change_config": (FleetState._change_config, 2),
     "renew_group": (FleetState._renew_group, 2),

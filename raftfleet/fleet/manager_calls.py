@@ -277,6 +277,7 @@ _CALLS: dict[str, Callable[..., None]] = {
     "deactivate": ManagerCalls._call_deactivate,
     "active_nodes": ManagerCalls._call_active_nodes,
     "add_group": _group_change("add_group"),
+    "add_groups": _group_change("add_groups"),
     "remove_group": _group_change("remove_group"),
     "change_config": _group_change("change_config"),
     "groups": ManagerCalls._call_groups,

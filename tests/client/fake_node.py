@@ -149,6 +149,14 @@ class FakeNode:
             uid = 100 + len(self.uids)
             self.set_leader(args["name"], uid)
             return ipc.OK, {"uid": uid}
+        if method == "add_groups":
+            taken = [name for name in args["names"] if name in self.uids]
+            if taken:
+                return ipc.ALREADY_ADDED, f"there is a group {taken[0]!r} already"
+            uids = [100 + len(self.uids) + number for number in range(len(args["names"]))]
+            for name, uid in zip(args["names"], uids, strict=True):
+                self.set_leader(name, uid)
+            return ipc.OK, {"uids": uids}
         if method == "group_status" and args["name"] in self.uids:
             return ipc.OK, {"name": args["name"], "leader": "n2", "term": 4}
         if method == "group_status":

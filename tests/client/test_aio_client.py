@@ -42,6 +42,10 @@ def test_the_example_of_the_readme(node: FakeNode) -> None:
         assert await fleet.whereis_leader("consensus1") == raftfleet.Leader("n1", 1)
         assert await fleet.consensus_groups() == {"consensus1": 3}
         assert await fleet.whereis_leader("nowhere") is None
+        await fleet.add_consensus_groups(["consensus2", "consensus3"], 3, CONFIG)
+        assert await fleet.command("consensus3", "inc") == 0
+        with pytest.raises(errors.AlreadyAdded):
+            await fleet.add_consensus_groups(["consensus4", "consensus2"], 3, CONFIG)
 
     run(node, body)
 

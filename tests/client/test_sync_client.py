@@ -95,6 +95,36 @@ def test_adding_a_group_that_gets_no_leader_in_time_says_that_it_was_added(node:
         fleet.add_consensus_group("g", 3, CONFIG, timeout=0.05)
 
 
+def test_many_groups_are_added_a_thousand_at_a_time(node: FakeNode) -> None:
+    names = [f"g{number}" for number in range(2500)]
+    with raftfleet.connect(node.run_dir) as fleet:
+        fleet.add_consensus_groups(iter(names), 3, CONFIG)
+        assert set(fleet.consensus_groups()) == set(names)
+        with pytest.raises(errors.AlreadyAdded, match="g7"):
+            fleet.add_consensus_groups(["new", "g7"], 3, CONFIG)
+        fleet.add_consensus_groups([], 3, CONFIG)
+    calls = [request[3] for request in node.requests(ipc.CALL) if request[2] == "add_groups"]
+    assert [call["names"] for call in calls[:3]] == [names[:1000], names[1000:2000], names[2000:]]
+    assert all(call["replicas"] == 3 and call["config"] == CONFIG.to_dict() for call in calls) and len(calls) == 4
+
+
+def test_of_many_groups_one_that_gets_no_leader_in_time_is_named(node: FakeNode) -> None:
+    def add_without_leader(node: FakeNode, where: int, request: list[Any]) -> list[Any]:
+        node.set_leader("led", 1)
+        return [request[0], ipc.OK, {"uids": [1, 2, 3]}]
+
+    node.script = add_without_leader
+    with raftfleet.connect(node.run_dir) as fleet, pytest.raises(errors.NoLeader, match="'a' and 1 others was added"):
+        fleet.add_consensus_groups(["led", "a", "b"], 3, CONFIG, timeout=0.3)
+
+
+@pytest.mark.parametrize("names", ["abc", b"abc", ["a", "a"], ["a", ""], ["a", 7], 7])
+def test_names_that_cannot_be_added_together_are_refused_at_once(node: FakeNode, names: Any) -> None:
+    with raftfleet.connect(node.run_dir) as fleet, pytest.raises((TypeError, ValueError)):
+        fleet.add_consensus_groups(names, 3, CONFIG)
+    assert node.requests(ipc.CALL) == []
+
+
 @pytest.mark.parametrize("arguments", [("g",), ("g", 3), ("g", 3, "m:C"), ("g", 3, {"machine": "m:C"})])
 def test_a_group_needs_a_config(node: FakeNode, arguments: tuple[Any, ...]) -> None:
     with raftfleet.connect(node.run_dir) as fleet:

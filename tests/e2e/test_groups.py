@@ -30,6 +30,21 @@ def test_readme_example_of_raft_fleet_works_line_by_line(fleet: LocalFleet) -> N
     assert n3.consensus_groups() == {}
 
 
+def test_many_groups_added_at_once_serve_on_every_node(fleet: LocalFleet) -> None:
+    fleet.start_nodes(FOUR_NODES_IN_TWO_ZONES)
+    n1, n2 = fleet.connect("n1"), fleet.connect("n2")
+    names = [f"many{number}" for number in range(1200)]
+    n1.add_consensus_groups(names, 3, JUST_AN_INT)
+    assert set(n2.consensus_groups()) == set(names)
+    for name in names[::100]:
+        assert n2.command(name, "inc", timeout=10.0) == 0
+    with pytest.raises(errors.AlreadyAdded, match="many0"):
+        n2.add_consensus_groups(["another", "many0"], 3, JUST_AN_INT)
+    assert "another" not in n1.consensus_groups()
+    with pytest.raises(errors.StateMachineNotImportable):
+        n2.add_consensus_groups(["another", "one more"], 3, raftfleet.GroupConfig("no_such_module:Machine"))
+
+
 def test_a_group_that_does_not_exist_is_not_found(fleet: LocalFleet) -> None:
     fleet.start_node("n1", "z1")
     client = fleet.connect("n1")

@@ -72,6 +72,46 @@ def test_adding_twice_and_removing_twice_are_refused(state: FleetState) -> None:
     assert error.code == fleet_machine.GROUP_NOT_FOUND and str(error).startswith("12:")
 
 
+def test_many_groups_are_added_as_a_whole_or_not_at_all(state: FleetState) -> None:
+    added = state.apply(["add_groups", ["a", "b", "c"], 3, CONFIG], 0)
+    assert [state.by_name[name].uid for name in "abc"] == added["uids"] == [1, 2, 3]
+    assert [n for n, _ in state.by_name["b"].members] == [row.node for row in state.explain(state.by_name["b"])]
+    error = refused(state, ["add_groups", ["d", "c", "b"], 3, CONFIG])
+    assert error.code == fleet_machine.ALREADY_ADDED and "'c' (and 1 others of these)" in error.message
+    assert "differ" in refused(state, ["add_groups", ["d", "d"], 3, CONFIG]).message
+    many = [str(number) for number in range(fleet_machine.GROUPS_AT_ONCE_MAX + 1)]
+    for names in ([], "abc", many, ["", "d"], [7]):
+        assert refused(state, ["add_groups", names, 3, CONFIG]).code == fleet_machine.BAD_REQUEST
+    state.apply(["add_groups", many[1:], 3, CONFIG], 0)
+
+
+def test_groups_of_one_kind_share_what_is_equal(state: FleetState) -> None:
+    state.apply(["add_groups", [f"g{number}" for number in range(100)], 3, CONFIG], 0)
+    state.apply(["add_group", "late", 3, CONFIG], 0)
+    for fleet in (state, FleetState.load(state.dump())):
+        groups = list(fleet.groups.values())
+        assert len({id(group.config) for group in groups}) == len({id(group.group_config()) for group in groups}) == 1
+        assert len({id(group.members) for group in groups}) <= 6 * 2, (
+            "three nodes of two shards: six orders, two shards"
+        )
+    state.apply(["change_config", "g1", CONFIG | {"election_timeout_s": 3.0}], 0)
+    assert state.by_name["g1"].config["election_timeout_s"] == 3.0 != state.by_name["g2"].config["election_timeout_s"]
+
+
+def test_settings_that_are_equal_and_not_the_same_are_kept_apart(state: FleetState) -> None:
+    state.apply(["add_group", "whole", 3, CONFIG | {"session_ttl_s": 600}], 0)
+    state.apply(["add_group", "real", 3, CONFIG | {"session_ttl_s": 600.0}], 0)
+    for fleet in (state, FleetState.load(state.dump())):
+        assert repr(fleet.by_name["whole"].config["session_ttl_s"]) == "600"
+        assert repr(fleet.by_name["real"].config["session_ttl_s"]) == "600.0"
+
+
+def test_the_state_of_a_hundred_thousand_groups_fits_into_a_frame(state: FleetState) -> None:
+    size_before = len(state.dump())
+    state.apply(["add_groups", [f"some-group-{number:06}" for number in range(1000)], 3, CONFIG], 0)
+    assert (len(state.dump()) - size_before) * 100 < 4 << 20
+
+
 def test_a_group_keeps_its_machine_when_its_config_changes(state: FleetState) -> None:
     state.apply(["add_group", "g", 3, CONFIG], 0)
     state.apply(["change_config", "g", CONFIG | {"election_timeout_s": 5.0}], 0)
