@@ -109,7 +109,7 @@ class Worker:
             on_disconnect=self.host.on_disconnect,
         )
         for fd in self.peers.fds():
-            self.poller.register(fd, _nothing)
+            self.poller.register(fd, self.peers.wake)
         self.feed: UnixChannel | None = None
         self.pushes: list[list[Any]] = []
         if context.index != 0:
@@ -201,17 +201,19 @@ class Worker:
     def _iterate(self) -> None:
         host = self.host
         peers = self.peers
-        busy = host.has_work or self.backlog or peers.pending()
-        self.poller.wait(0 if busy else self._timeout_us())
+        # Asked before the wait and not again after it: what came meanwhile sets no timer that is due at once.
+        deadline_us = self._deadline_us()
+        is_busy = host.has_work or self.backlog or peers.is_woken
+        self.poller.wait(0 if is_busy else min(deadline_us - monotonic_us(), WAIT_US_MAX))
         now_us = monotonic_us()
         host.begin(now_us, wall_us())
         if self.backlog:
             backlog, self.backlog = self.backlog, []
             for sender, messages in backlog:
                 host.receive(sender, messages)
-        peers.check_handshakes()
-        for sender, messages in peers.receive():
-            host.receive(sender, messages)
+        if peers.is_woken:
+            for sender, messages in peers.receive():
+                host.receive(sender, messages)
         if self.pushes:
             pushes, self.pushes = self.pushes, []
             for push in pushes:
@@ -219,8 +221,9 @@ class Worker:
         for connection, requests in self.clients.receive():
             for request in requests:
                 host.on_client_request(connection, request)
-        if now_us >= host.next_deadline_us():
+        if now_us >= deadline_us:
             host.tick()
+            peers.check_handshakes()
         if self.feed is not None:
             self.feed.tick(now_us)
         if now_us >= self.sweep_us:
@@ -244,6 +247,8 @@ class Worker:
             for connection, replies in out.replies.items():
                 self.clients.send(connection, replies)
             self.clients.flush()
+        for peer, messages in host.collect_answers().items():
+            self.peers.send(peer, messages)
         if host.fleet_id and not self.fleet_set:
             self.fleet_set = True
             if self.keeper is not None:
@@ -256,7 +261,7 @@ class Worker:
         now_us = keeper.now_us = monotonic_us()
         for peer, messages in self.host.persist().items():
             self.peers.send(peer, messages)
-        if self.host.has_work or self.backlog or self.peers.pending():
+        if self.host.has_work or self.backlog or self.peers.is_woken:
             keeper.work(now_us)
         else:
             keeper.rest(now_us)
@@ -286,8 +291,8 @@ class Worker:
         if out.exit_fresh:
             self.exit_fresh = True
 
-    def _timeout_us(self) -> int:
-        now_us = monotonic_us()
+    def _deadline_us(self) -> int:
+        """When the loop has something to do even if nothing comes."""
         deadline_us = min(self.host.next_deadline_us(), self.sweep_us)
         if self.feed is not None:
             feed_us = self.feed.next_deadline_us()
@@ -296,8 +301,8 @@ class Worker:
         if self.keeper is not None:
             deadline_us = min(deadline_us, self.keeper.next_deadline_us())
         if self.stopping_us:
-            deadline_us = min(deadline_us, now_us + 10_000)
-        return max(0, min(deadline_us - now_us, WAIT_US_MAX))
+            deadline_us = min(deadline_us, monotonic_us() + 10_000)
+        return deadline_us
 
     def _wait_for_queues(self) -> None:
         """The last frames (who leads no more) are with ZeroMQ: give its thread a moment to write them."""
@@ -394,7 +399,7 @@ class Worker:
             return
         now_us = monotonic_us()
         shard = self.host.shard
-        for sender, messages in self.peers.receive(256):
+        for sender, messages in self.peers.receive(256):  # what is more than that leaves ``is_woken`` set
             rest = shard.pulse(now_us, sender, messages)
             if rest:
                 if len(self.backlog) < BACKLOG_FRAMES_MAX:
@@ -435,10 +440,6 @@ def open_data(context: ChildContext) -> tuple[Keeper | None, RecoveredShard | No
     if found.cut_bytes:
         logger.info("%s: %d bytes of a write that was never finished were cut", path, found.cut_bytes)
     return keeper, found
-
-
-def _nothing(_mask: int) -> None:
-    """ZeroMQ's descriptor only wakes the loop; the loop drains the socket."""
 
 
 def main(context: ChildContext) -> None:

@@ -584,15 +584,20 @@ class ClientCore:
     def start(self, call: Call, now_us: int) -> None:
         """Let a new call begin: READY, or QUEUED if its session has no room."""
         call._started_us = now_us
-        if call._kind == ipc.CALL:
-            call._total_deadline_us = now_us + call._timeout_us + GRACE_US
         session = call._session
-        if session is not None and (session.waiting or not session.has_room):
-            session.waiting.append(call)
-            attempts_us = (call._timeout_us + GRACE_US) * (call._retry_left + 1)
-            call.deadline_us = now_us + attempts_us + call._retry_interval_us * call._retry_left
-            return
-        self._admit(call, now_us)
+        if session is not None:
+            seq = session.next_seq
+            if session.waiting or seq - session.acked > WINDOW:
+                session.waiting.append(call)
+                attempts_us = (call._timeout_us + GRACE_US) * (call._retry_left + 1)
+                call.deadline_us = now_us + attempts_us + call._retry_interval_us * call._retry_left
+                return
+            call._seq = seq
+            session.next_seq = seq + 1
+        elif call._kind == ipc.CALL:
+            call._total_deadline_us = now_us + call._timeout_us + GRACE_US
+        call.state = READY
+        call.deadline_us = now_us + call._timeout_us + GRACE_US
 
     def turn(self, call: Call, now_us: int) -> list[Call]:
         """To be called once when ``call`` is DONE: calls of its session that have become READY by that."""
@@ -602,7 +607,9 @@ class ClientCore:
         admitted = []
         while session.waiting and session.has_room:
             waiting = session.waiting.popleft()
-            self._admit(waiting, now_us)
+            waiting._seq = session.next_seq
+            session.next_seq += 1
+            waiting._make_ready(now_us)
             admitted.append(waiting)
         return admitted
 
@@ -631,10 +638,3 @@ class ClientCore:
         timeout_us, interval_us = microseconds(timeout, "timeout"), microseconds(retry_interval, "retry_interval")
         self._options = (timeout, retry, retry_interval, timeout_us, interval_us)
         return Call(kind, name, packed, timeout_us, retry, interval_us)
-
-    def _admit(self, call: Call, now_us: int) -> None:
-        session = call._session
-        if session is not None:
-            call._seq = session.next_seq
-            session.next_seq += 1
-        call._make_ready(now_us)

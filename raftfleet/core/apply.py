@@ -91,11 +91,15 @@ def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] 
     shard = member.shard
     context.position = 0
     leading = tokens is not None
-    with shard.user_code(member):
+    is_watched = shard.begin_user_code(member)
+    try:
         for number, command in enumerate(commands):
             code, body = _apply_item(member, command, time_us, leading)
             if tokens is not None:
                 shard.reply(tokens[number], code, body)
+    finally:
+        if is_watched:
+            shard.end_user_code()
     shard.on_applied(member, index, time_us, commands)
 
 

@@ -110,17 +110,22 @@ def evaluate(member: Member, arg: bytes | list[bytes], *, hooked: bool = False) 
         return RESTORING, restoring.refusal(member)
     if arg is STATE_WANTED:
         return _dump(member)
-    if isinstance(arg, list):
-        rows = [_evaluate(member, one, hooked) for one in arg]
-        return OK, [body if code == OK else [code, body] for code, body in rows]
-    return _evaluate(member, arg, hooked)
+    shard = member.shard
+    is_watched = shard.begin_user_code(member)
+    try:
+        if isinstance(arg, list):
+            rows = [_evaluate(member, one, hooked) for one in arg]
+            return OK, [body if code == OK else [code, body] for code, body in rows]
+        return _evaluate(member, arg, hooked)
+    finally:
+        if is_watched:
+            shard.end_user_code()
 
 
 def _evaluate(member: Member, arg: bytes, hooked: bool) -> tuple[int, Any]:
     try:
         value = _unpack(arg, raw=False, strict_map_key=False)
-        with member.shard.user_code(member):
-            result = member.machine.query(member.state, value)
+        result = member.machine.query(member.state, value)
         packed = pack_result(result)
     except BaseException as error:  # SystemExit too: a user's code ends its query, never the worker
         return QUERY_FAILED, describe(error)

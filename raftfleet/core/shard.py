@@ -151,7 +151,7 @@ class Shard:
         self._established: list[Member] = []
         self._leaving: list[Member] = []
         self._lost_told: set[int] = set()
-        self._user_depth = 0
+        self._is_in_user_code = False
         self._handlers: dict[int, Callable[[Member, int, Any], None]] = {
             APPEND: Member.on_append,
             APPEND_ANSWER: Member.on_append_answer,
@@ -594,17 +594,26 @@ class Shard:
     @contextlib.contextmanager
     def user_code(self, member: Member | None) -> Iterator[None]:
         """Around every call of a user's code: lets the owner watch how long it takes."""
-        watch = self.user_code_watch
-        if watch is None or self._user_depth:
-            yield
-            return
-        self._user_depth += 1
-        watch(member)
+        is_watched = self.begin_user_code(member)
         try:
             yield
         finally:
-            self._user_depth -= 1
-            watch(None)
+            if is_watched:
+                self.end_user_code()
+
+    def begin_user_code(self, member: Member | None) -> bool:
+        """As :meth:`user_code`, for where a context manager costs too much; returns whether to end it, too."""
+        if self.user_code_watch is None or self._is_in_user_code:
+            return False
+        self._is_in_user_code = True
+        self.user_code_watch(member)
+        return True
+
+    def end_user_code(self) -> None:
+        """The user's code has returned."""
+        self._is_in_user_code = False
+        assert self.user_code_watch is not None
+        self.user_code_watch(None)
 
     def on_applied(self, member: Member, index: int, time_us: int, commands: list[bytes]) -> None:
         """A batch was applied: whoever listens to that group is told."""

@@ -61,6 +61,8 @@ RECONCILE_PER_ROUND = 64
 MESSAGE_BYTES_MAX = 4 << 20
 """Requests or answers of one message: a frame holds several messages, and is cut between them where it is too large."""
 
+_NOTHING = Outputs()
+
 Item = TypeVar("Item", ForwardRequest, ForwardReply)
 
 
@@ -197,10 +199,7 @@ class Host(RestoringLayer):
                     sends.setdefault(peer, []).append(Forward(FORWARD, part))
             self._forwards = {}
         if self._answers:
-            for peer, replies in self._answers.items():
-                for answered in in_parts(replies):
-                    sends.setdefault(peer, []).append(ForwardAnswer(FORWARD_ANSWER, answered))
-            self._answers = {}
+            self._collect_answers(sends)
         if self._notices:
             for peer, notices in self._notices.items():
                 sends.setdefault(peer, []).append(Leaders(LEADERS, list(notices.values())))
@@ -234,11 +233,31 @@ class Host(RestoringLayer):
         for event in shard.take_events():
             self._on_event(event)
         out = self._out
+        if out.is_empty:
+            return _NOTHING  # as most turns of an idle fleet, and half of those of a busy one
         if out.addresses and self.disk is not None:
             self._save_addresses()
         self._out = Outputs(sends=out.sends)  # made while answering: they leave with the next collection
         out.sends = {}
         return out
+
+    def collect_answers(self) -> dict[int, list[Any]]:
+        """Answers to forwarded requests that :meth:`settle` made: they leave in the turn in which they were found.
+
+        They wait for no disk: what was applied here is committed, and a refusal promises nothing.
+        """
+        if not self._answers:
+            return {}
+        sends: dict[int, list[Any]] = {}
+        self._collect_answers(sends)
+        self._introduce(sends)
+        return sends
+
+    def _collect_answers(self, sends: dict[int, list[Any]]) -> None:
+        for peer, replies in self._answers.items():
+            for answered in in_parts(replies):
+                sends.setdefault(peer, []).append(ForwardAnswer(FORWARD_ANSWER, answered))
+        self._answers = {}
 
     @property
     def has_work(self) -> bool:
@@ -252,6 +271,8 @@ class Host(RestoringLayer):
         self._add_sends(sends, self.persist())
         self.apply()
         out = self.settle(self.now_us)
+        if out is _NOTHING:
+            out = Outputs()
         if self.has_work:
             self.shard.flush()
             self._add_sends(sends, self.collect_sends())

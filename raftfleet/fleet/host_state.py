@@ -62,6 +62,19 @@ class Outputs:
     notes: list[tuple[str, str]] = field(default_factory=list)
     exit_fresh: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to carry out, sends aside."""
+        return not (
+            self.replies
+            or self.table
+            or self.addresses
+            or self.forgotten
+            or self.upcalls
+            or self.notes
+            or self.exit_fresh
+        )
+
 
 @dataclass(frozen=True)
 class HostSettings:

@@ -98,7 +98,7 @@ def encode_frame(fleet: bytes, from_instance: int, to_instance: int, messages: S
     return packed
 
 
-def decode_frame(data: bytes, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
+def decode_frame(data: bytes | memoryview, limits: FrameLimits = DEFAULT_LIMITS) -> Frame:
     """Unpack and check a frame.
 
     Raises:
