@@ -43,7 +43,6 @@ class SnapshotChild:
 
     def __init__(self, keeper: Keeper, poller: Poller) -> None:
         self.pid = 0
-        self.fork_us_max = 0
         self._keeper = keeper
         self._poller = poller
         self._uid = 0
@@ -76,7 +75,7 @@ class SnapshotChild:
                 self._be_child(parent, writer, member, folder, generation)
             finally:
                 os._exit(1)
-        self.fork_us_max = max(self.fork_us_max, monotonic_us() - began_us)
+        self._keeper.fork_us_max = max(self._keeper.fork_us_max, monotonic_us() - began_us)
         os.close(writer)
         self.pid, self._uid, self._pipe, self._report = pid, member.uid, reader, b""
         self._path = f"{folder}/{snapshot_name(member.uid, generation)}"

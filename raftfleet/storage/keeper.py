@@ -67,6 +67,7 @@ class Keeper:
         shard: whose disk this is; set by the owner before anything is saved.
         begin_snapshot: writes large snapshots elsewhere; None: all are written here.
         notes: lines for the log, ``(level, text)``; the owner takes them.
+        fork_us_max: how long the longest fork for a snapshot took.
         watch: called with True before a call that may wait for the disk, with False after it.
     """
 
@@ -77,6 +78,7 @@ class Keeper:
         self.notes: list[tuple[str, str]] = []
         self.watch: Callable[[bool], None] = lambda waits: None
         self.snapshot_count = 0
+        self.fork_us_max = 0
         self.now_us = 0
         self._retry_us = 0
         self._look_us = 0
@@ -237,8 +239,8 @@ class Keeper:
             return
         for uid in self._due():
             member = shard.members.get(uid)
-            if member is None or now_us < self._failed_us.get(uid, 0):
-                continue
+            if member is None or member.is_quarantined or now_us < self._failed_us.get(uid, 0):
+                continue  # what differs from its peers' is not to outlive its log
             newest = self.store.snapshot_of(uid)
             if newest is not None and newest.index >= member.applied:
                 continue
@@ -297,6 +299,7 @@ class Keeper:
             "log_bytes": sum(segment.end for segment in store.segments),
             "segments": store.segment_count,
             "snapshots_made": self.snapshot_count,
+            "fork_us_max": self.fork_us_max,
         }
 
     def close(self) -> None:
