@@ -28,12 +28,13 @@ from raftfleet.core.names import hash64
 from raftfleet.errors import ConfigError
 from raftfleet.fleet.founding import Address, Memory, Persist, Send
 from raftfleet.fleet.manager_core import ManagerCore
-from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Reply, ShardCall, StateChanged, StopNode
+from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Output, Reply, ShardCall, StateChanged, StopNode
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
 from raftfleet.node.disk_watch import DiskWatch
 from raftfleet.node.notify import sd_notify
+from raftfleet.storage.wal import NO_SPACE
 from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
 from raftfleet.transport.peers import PeerSockets
 from raftfleet.transport.poller import Poller
@@ -139,6 +140,8 @@ class ManagerProcess:
         self.stopping = False
         self.ready_said = False
         self.sweep_us = 0
+        self.waiting: list[Output] = []  # outputs behind one that could not be saved
+        self.is_full = False
         self.disk_watch = DiskWatch(context.children)
         self.addresses: dict[int, Address] = {}  # of managers, by their instance
         self.peer_keys: dict[Address, str] = {}  # by which each is connected, known or under trial
@@ -247,8 +250,12 @@ class ManagerProcess:
         self.core.call(now_us, (connection, request_id, method), method, args, timeout_ms * 1000)
 
     def _carry_out(self, now_us: int) -> None:
-        for output in self.core.take_outputs():
-            if isinstance(output, Send):
+        outputs = [*self.waiting, *self.core.take_outputs()]
+        self.waiting = []
+        for output in outputs:
+            if self.waiting and not isinstance(output, (Reply, Log)):
+                self.waiting.append(output)  # it may rest on what could not be saved
+            elif isinstance(output, Send):
                 self._send(output)
             elif isinstance(output, ShardCall):
                 self._call_shard(now_us, output)
@@ -259,7 +266,7 @@ class ManagerProcess:
                     self._add_processes(output.body)
                 self.clients.send(connection, [[request_id, output.code, output.body]])
             elif isinstance(output, Persist):
-                self.memory_file.save(output.data)
+                self._save(output)
             elif isinstance(output, Log):
                 logger.log(getattr(logging, output.level.upper()), "%s", output.text)
             elif isinstance(output, StateChanged):
@@ -270,6 +277,20 @@ class ManagerProcess:
         for channel in self.shards:
             channel.flush()
         self.clients.flush()
+
+    def _save(self, output: Persist) -> None:
+        """Put the founding memory on disk. Without room it is tried again each time, and what rests on it waits."""
+        try:
+            self.memory_file.save(output.data)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            self.waiting = [output]
+            if not self.is_full:
+                logger.error("no space left for %s: this node changes nothing in its fleet now", self.memory_file.path)
+            self.is_full = True
+        else:
+            self.is_full = False
 
     def _call_shard(self, now_us: int, call: ShardCall) -> None:
         def answered(code: int, body: Any) -> None:

@@ -83,7 +83,11 @@ class ManagerShards(ManagerPings):
     def _take_shard_info(self, shard: ShardView, info: dict[str, Any]) -> None:
         instance = info["instance"]
         if instance == shard.stale_instance:
-            return  # it is about to start afresh
+            # It is about to start afresh. One with a disk that was killed before it had put that aside is told again.
+            index = self.shards.index(shard)
+            if self._due(f"leave {index}", 2 * SECOND):
+                self._reset_shard(index, shard)
+            return
         if instance != shard.instance:
             shard.instance = instance
             shard.stale_instance = 0

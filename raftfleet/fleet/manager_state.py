@@ -108,6 +108,10 @@ class ManagerState(ABC):
         """Have all shards start afresh, outside of any fleet: :mod:`raftfleet.fleet.manager_entry`."""
 
     @abstractmethod
+    def _reset_shard(self, index: int, shard: ShardView) -> None:
+        """Have a shard start afresh: :mod:`raftfleet.fleet.manager_entry`."""
+
+    @abstractmethod
     def _pull_founding(self) -> None:
         """Take over what founding wants done: :class:`raftfleet.fleet.manager_core.ManagerCore`."""
 

@@ -125,7 +125,16 @@ def test_a_directory_that_is_not_this_nodes_is_refused_and_the_node_ends(durable
     assert "belongs to" in node.log() or "was written by 1 workers" in node.log()
 
 
-def test_a_damaged_record_costs_one_member_which_comes_back_from_its_leader(durable: LocalFleet) -> None:
+@pytest.mark.parametrize(
+    ("precious", "members"),
+    [
+        pytest.param((1_000_000_008).to_bytes(4, "big"), 3, id="of_a_group"),
+        pytest.param(b"group2", 3, id="of_the_fleets_own_group"),
+    ],
+)
+def test_a_damaged_record_costs_one_member_which_comes_back_from_its_leader(
+    durable: LocalFleet, precious: bytes, members: int
+) -> None:
     durable.start_nodes(ZONES)
     groups = add_groups(durable, 3)
     client = durable.connect("n1")
@@ -136,13 +145,13 @@ def test_a_damaged_record_costs_one_member_which_comes_back_from_its_leader(dura
     durable.kill_node("n3")
     (segment,) = (durable.nodes["n3"].options["data_dir"] / "shard-0" / "wal").glob("*1.wal")
     data = bytearray(segment.read_bytes())
-    at = data.index((1_000_000_008).to_bytes(4, "big"))
+    at = data.index(precious)
     data[at] ^= 1
     segment.write_bytes(data)
     durable.restart_node("n3")
     assert " is refused" in durable.nodes["n3"].log()
     durable.wait_until(
-        lambda: durable.status("n3")["workers"][0]["members"] == 3, 60.0, "the lost member to be back on n3"
+        lambda: durable.status("n3")["workers"][0]["members"] == members, 60.0, "the lost member to be back on n3"
     )
     durable.wait_settled(deadline_s=60.0)
     assert instances(durable) == before, "it is the same instance, in another life"
