@@ -583,7 +583,8 @@ class ShardStore:
         group = self.groups.get(info.uid)
         newest = group.snapshots[-1].index if group is not None and group.snapshots else 0
         if group is None or info.generation < group.generation_min or info.index <= max(newest, group.base - 1):
-            self._wal.guard(self.files.unlink, info.path)
+            if os.path.basename(info.path) in self.files.listdir(os.path.dirname(info.path)):
+                self._wal.guard(self.files.unlink, info.path)  # else it went to the archive with its group
             return False
         self.adopt_snapshot(info)
         return True

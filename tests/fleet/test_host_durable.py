@@ -1,0 +1,217 @@
+"""A host on a simulated disk: what comes back, what rests, and what is not begun twice."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from raftfleet.core.config import GroupConfig
+from raftfleet.core.durable import DurableShard
+from raftfleet.core.messages import NOOP, Append, Entry
+from raftfleet.core.names import FLEET_UID
+from raftfleet.fleet.host import Host, HostSettings, Outputs
+from raftfleet.fleet.machine import FleetState
+from raftfleet.storage.keeper import load_state, open_keeper
+from raftfleet.testing.disk import FakeFiles
+from raftfleet.testing.machines import JustAnInt
+
+FLEET = bytes(range(16))
+MACHINE = GroupConfig("raftfleet.testing.machines:JustAnInt")
+PEER = 7_000
+
+
+class Node:
+    """Worker ``index`` of node n1; ``knows`` says whether its code can be imported."""
+
+    def __init__(self, files: FakeFiles | None = None, *, knows: bool = True, index: int = 1) -> None:
+        self.files = files or FakeFiles()
+        self.knows = knows
+        self.keeper, self.found = open_keeper("/d", node="n1", new_instance=1, files=self.files, segment_bytes=1 << 16)
+        settings = HostSettings("n1", index, 2, "tcp://127.0.0.1:1")
+        self.host = Host(self.found.instance, settings, random.Random(1), self.make_machine, self.keeper)
+        self.now_us = 1_000_000
+        self.host.begin(self.now_us, 0)
+        assert isinstance(self.host.shard, DurableShard)
+        self.shard = self.keeper.shard = self.host.shard
+        self.host.restore(self.found, lambda info: load_state(self.keeper.store, info))
+        self.out = self.turn()
+
+    def make_machine(self, config: GroupConfig) -> tuple[Any, Any]:
+        if not self.knows:
+            raise ModuleNotFoundError("no module named 'just_an_int'")
+        from raftfleet.core.context import CommandContext
+
+        machine = JustAnInt()
+        machine.context = CommandContext()
+        return machine, None
+
+    def turn(self, *, us: int = 1000) -> Outputs:
+        self.now_us += us
+        self.host.begin(self.now_us, 0)
+        if self.now_us >= self.host.next_deadline_us():
+            self.host.tick()
+        out = self.host.finish()
+        self.keeper.now_us = self.now_us
+        self.keeper.rest(self.now_us)
+        return out
+
+    def feed(self, state: FleetState, index: int = 10) -> Outputs:
+        self.host.on_feed_reset(index, state.dump())
+        return self.turn()
+
+    def again(self, *, knows: bool = True, keep: float = 0.0) -> Node:
+        self.files.crash(keep=keep)
+        return Node(self.files, knows=knows, index=self.host.settings.index)
+
+
+def fleet_state(*groups: str, removed: tuple[str, ...] = ()) -> FleetState:
+    """A fleet of n1 (instances 2 and 1: this worker is its second) and two others."""
+    state = FleetState()
+    nodes = []
+    for number, instances in ((1, [2, 1]), (2, [PEER, PEER + 1]), (3, [PEER + 2, PEER + 3])):
+        fields = {"name": f"n{number}", "zone": f"z{number}", "host": "127.0.0.1", "port": 1000 * number}
+        nodes.append({**fields, "public_key": "", "instances": instances})
+    state.apply(["found", FLEET, nodes], 0)
+    for name in (*groups, *removed):
+        state.apply(["add_group", name, 3, MACHINE.to_dict()], 0)
+    for name in removed:
+        state.apply(["remove_group", name], 0)
+    return state
+
+
+def names_of_worker_1(count: int) -> list[str]:
+    from raftfleet.core.names import shard_of
+
+    return [name for name in (f"g{number}" for number in range(100)) if shard_of(name, 2) == 1][:count]
+
+
+def node_with_groups(*names: str) -> Node:
+    node = Node()
+    node.host.set_fleet(FLEET)
+    node.keeper.store.set_fleet(FLEET)
+    node.feed(fleet_state(*names))
+    assert sorted(member.name for member in node.shard.members.values()) == sorted(names)
+    return node
+
+
+def test_members_fleet_and_addresses_come_back_before_anybody_is_heard() -> None:
+    names = names_of_worker_1(3)
+    node = node_with_groups(*names).again()
+    assert sorted(member.name for member in node.shard.members.values()) == sorted(names)
+    assert node.host.fleet_id == FLEET
+    assert node.out.addresses[PEER] == ("tcp://127.0.0.1:2001", "")
+    assert not any(member.is_leader for member in node.shard.members.values())
+
+
+def test_a_member_whose_code_is_missing_rests_untouched_and_comes_back_with_the_code() -> None:
+    (name,) = names_of_worker_1(1)
+    first = node_with_groups(name)
+    uid = next(iter(first.shard.members))
+    first.host.receive(PEER + 1, [Append(1, uid, 5, 0, 0, 0, 1, 0, [Entry(5, NOOP, b"")])])
+    first.turn()
+    node = first.again(knows=False)
+    assert node.shard.members == {}
+    assert node.shard.resting == {uid}
+    assert any("rests on the disk" in text for _, text in node.out.notes)
+    node.feed(fleet_state(name))
+    node.host.receive(PEER + 1, [Append(1, uid, 6, 0, 0, 0, 1, 9, [Entry(6, NOOP, b"")])])
+    node.turn()
+    assert node.shard.members == {}, "neither the fleet's log nor a leader begins it anew"
+    node.knows = True
+    for _ in range(12):
+        node.turn(us=1_000_000)
+    assert (node.shard.members[uid].term >= 5, node.shard.members[uid].last_index) == (True, 1)
+    assert node.shard.resting == set()
+
+
+def test_a_group_removed_while_the_worker_was_down_is_forgotten_and_an_unknown_one_kept() -> None:
+    old, new = names_of_worker_1(2)
+    node = node_with_groups(old)
+    uid = next(iter(node.shard.members))
+    node = node.again()
+    node.feed(fleet_state())  # older than this member: it knows of no group yet
+    assert uid in node.shard.members, "unknown is not removed"
+    node.feed(fleet_state(new, removed=()), index=11)
+    node = node.again()
+    state = fleet_state(removed=(old,))
+    node.feed(state, index=12)
+    assert uid not in node.shard.members
+    assert uid not in {group.uid for group in node.again().found.groups}
+
+
+def test_a_removed_member_is_not_begun_anew_from_the_fleets_log_after_a_restart() -> None:
+    (name,) = names_of_worker_1(1)
+    node = node_with_groups(name)
+    member = next(iter(node.shard.members.values()))
+    node.shard.drop_member(member)
+    node.turn()
+    node = node.again()
+    node.feed(fleet_state(name))
+    assert node.shard.members == {}
+
+
+def test_a_config_that_changed_while_the_worker_was_down_is_taken_over_and_kept() -> None:
+    (name,) = names_of_worker_1(1)
+    node = node_with_groups(name).again()
+    state = fleet_state(name)
+    settings = GroupConfig(MACHINE.machine, log_entries_kept=7).to_dict()
+    state.apply(["change_config", name, settings], 0)
+    node.feed(state)
+    assert [member.config.log_entries_kept for member in node.shard.members.values()] == [7]
+    assert [group.config["log_entries_kept"] for group in node.again().found.groups] == [7]
+
+
+def test_no_member_is_begun_while_there_is_no_room_and_all_are_when_there_is() -> None:
+    names = names_of_worker_1(2)
+    node = node_with_groups(names[0])
+    node.files.plan = lambda number, call: 28 if call in ("pwrite", "fallocate") else None
+    uid = next(iter(node.shard.members))
+    node.host.receive(PEER + 1, [Append(1, uid, 5, 0, 0, 0, 1, 0, [Entry(5, NOOP, b"")])])
+    node.turn()
+    assert node.shard.is_full
+    node.feed(fleet_state(*names))
+    assert len(node.shard.members) == 1
+    node.files.plan = lambda number, call: None
+    for _ in range(12):
+        node.turn(us=1_000_000)
+    assert not node.shard.is_full
+    assert len(node.shard.members) == 2
+
+
+def test_the_fleets_own_member_comes_back_with_its_snapshot_and_feeds_from_it() -> None:
+    node = Node(index=0)
+    node.host.set_fleet(FLEET)
+    node.host.start_fleet((1, PEER), [], campaign=False)
+    node.turn()
+    member = node.shard.members[FLEET_UID]
+    state = fleet_state()
+    state.nodes["n1"].instances = (1, 2)
+    member.state = state
+    index, term, data = 40, 3, b""
+    member.applied = member.commit = index
+    member.log.reset_to(index, term)
+    member.term = term
+    _, _, data = member.make_snapshot()
+    assert node.keeper.save_snapshot(FLEET_UID, index, term, data)
+    node.keeper.store.reset(FLEET_UID, index, term)
+    node.keeper.store.save_vote(FLEET_UID, term, 0)
+    assert node.keeper.sync()
+    node = node.again()
+    assert node.host.fleet_known
+    assert node.host.fleet_index == index
+    assert set(node.host.fleet.nodes) == {"n1", "n2", "n3"}
+
+
+def test_what_is_answered_to_other_workers_waits_for_the_disk_too() -> None:
+    (name,) = names_of_worker_1(1)
+    node = node_with_groups(name)
+    uid = next(iter(node.shard.members))
+    answered: list[Any] = []
+    node.host.begin(node.now_us + 1, 0)
+    node.host._run_rpc("drop_group", {"uid": uid}, lambda code, body: answered.append(code))
+    node.host._send(PEER, "the answer")
+    node.host.flush()
+    assert "the answer" not in [m for messages in node.host.collect_sends().values() for m in messages]
+    assert not node.shard.is_saved
+    assert "the answer" in [m for messages in node.host.persist().values() for m in messages]
+    assert node.shard.is_saved
