@@ -78,7 +78,11 @@ def _apply_piece(member: Member, entry: Entry, tokens: list[object] | None) -> N
 
 
 def _apply_batch(member: Member, index: int, entry: Entry, tokens: list[object] | None) -> None:
-    time_us, commands = session_rules.unpack_batch(entry.data)
+    try:
+        time_us, commands = session_rules.unpack_batch(entry.data)
+    except ValueError as error:  # from whoever led then; the same nothing for every replica
+        member.shard.violation(member, f"the entry at index {index} cannot be applied: {error}")
+        return
     if time_us > member.last_time_us:
         member.last_time_us = time_us
     member.session_table.expire(time_us)

@@ -112,6 +112,6 @@ class Membership:
             voters = tuple(sorted(int(row[0]) for row in rows if row[1]))
             learners = tuple(sorted(int(row[0]) for row in rows if not row[1]))
             audit = [{**record, "index": index if record["index"] == -1 else record["index"]} for record in audit or ()]
-        except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, msgpack.UnpackException) as error:
             raise ValueError(f"not a membership: {data[:64]!r}") from error
         return cls(voters, learners, lives, audit)

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgpack
+
 from raftfleet.core import roles
 from raftfleet.core.membership import Membership
-from raftfleet.core.messages import APPEND_ANSWER, CONFIG, GONE, AppendAnswer, Entry, Gone
+from raftfleet.core.messages import APPEND_ANSWER, COMMANDS, CONFIG, GONE, VERSION, AppendAnswer, Entry, Gone
 
 if TYPE_CHECKING:
     from raftfleet.core.leading import Leading
@@ -71,8 +73,8 @@ def on_append(member: Member, sender: int, m: Append) -> None:
         hint = log.highest_agreeing(prev, m.prev_term)
         _answer_append(member, sender, m, False, m.prev_index, hint, max(log.term_at(hint), 0))
         return
-    if entries:
-        _take_entries(member, prev, entries)
+    if entries and not _take_entries(member, prev, entries):
+        return
     _answer_append(member, sender, m, True, end, 0, 0)
     commit = min(m.commit, end)
     if commit > member.commit:
@@ -88,9 +90,16 @@ def _answer_append(
     )
 
 
-def _take_entries(member: Member, prev: int, entries: list[Entry]) -> None:
-    """Append what is new after ``prev``; delete only from the first entry that really conflicts."""
+def _take_entries(member: Member, prev: int, entries: list[Entry]) -> bool:
+    """Append what is new after ``prev``; delete only from the first entry that really conflicts.
+
+    Returns whether all is there now; if not, nothing may be acknowledged.
+    """
     log = member.log
+    unsound = [entry.kind for entry in entries if entry.kind != COMMANDS and not _is_sound(entry)]
+    if unsound:
+        member.shard.violation(member, f"an entry of kind {unsound[0]} after index {prev} makes no sense")
+        return False
     if prev < log.last_index:
         same = 0
         for entry in entries:
@@ -100,7 +109,7 @@ def _take_entries(member: Member, prev: int, entries: list[Entry]) -> None:
             if log.term_at(index) != entry.term:
                 if index <= member.commit:
                     member.shard.violation(member, f"a committed entry conflicts at index {index}")
-                    return
+                    return False
                 log.truncate_from(index)
                 forget_memberships(member, index)
                 break
@@ -108,12 +117,25 @@ def _take_entries(member: Member, prev: int, entries: list[Entry]) -> None:
         entries = entries[same:]
         prev += same
     if not entries:
-        return
+        return True
     log.extend(entries)
     member.shard.save_entries(member, prev + 1)
     for offset, entry in enumerate(entries):
         if entry.kind == CONFIG:
             take_membership(member, prev + 1 + offset, entry.data)
+    return True
+
+
+def _is_sound(entry: Entry) -> bool:
+    """Whether an entry that is not a batch can be taken apart when its time comes; a batch is looked at by then."""
+    try:
+        if entry.kind == CONFIG:
+            Membership.unpack(entry.data, 1)
+        elif entry.kind == VERSION:
+            return type(msgpack.unpackb(entry.data)) is int
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return False
+    return True
 
 
 def take_membership(member: Member, index: int, data: bytes) -> None:

@@ -110,8 +110,17 @@ def pack_batch(time_us: int, commands: list[bytes]) -> bytes:
 
 
 def unpack_batch(data: bytes) -> tuple[int, list[bytes]]:
-    """The inverse of :func:`pack_batch`."""
-    time_us, commands = _unpack(data)
+    """The inverse of :func:`pack_batch`. The commands are not looked at: :func:`parse_command` does.
+
+    Raises:
+        ValueError: the bytes are not a batch.
+    """
+    try:
+        time_us, commands = _unpack(data)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError("a batch is msgpack [time, [command, ...]]") from error
+    if type(time_us) is not int or type(commands) is not list or not 0 <= time_us < 1 << 63:
+        raise ValueError("a batch has a wrong field")
     return time_us, commands
 
 
@@ -220,10 +229,20 @@ class Sessions:
         ]
 
     def load(self, rows: list[Any]) -> None:
-        """The inverse of :meth:`dump`."""
+        """The inverse of :meth:`dump`.
+
+        Raises:
+            ValueError: the rows are not a dump. The table is empty then.
+        """
         self.by_client.clear()
-        for client_id, acked, used_us, results in rows:
-            session = self.by_client[client_id] = Session()
-            session.acked = acked
-            session.used_us = used_us
-            session.results = {seq: body if code == OK else (code, body) for seq, code, body in results}
+        try:
+            for client_id, acked, used_us, results in rows:
+                if not (bytes is type(client_id) and int is type(acked) is type(used_us)):
+                    raise ValueError("a wrong type")
+                session = self.by_client[client_id] = Session()
+                session.acked = acked
+                session.used_us = used_us
+                session.results = {seq: body if code == OK else (code, body) for seq, code, body in results}
+        except (ValueError, TypeError) as error:
+            self.by_client.clear()
+            raise ValueError(f"not a table of sessions: {error}") from error

@@ -123,15 +123,23 @@ class Memory:
             version, store, promised, accepted_ballot, accepted, fleet = msgpack.unpackb(data)
             if version != _FORMAT:
                 raise ValueError(f"format {version}; this version reads {_FORMAT}")
+            if type(store) is not int:
+                raise ValueError("a store is a number")
             return cls(
                 store,
-                (promised[0], promised[1]),
-                (accepted_ballot[0], accepted_ballot[1]),
+                _ballot_of(promised),
+                _ballot_of(accepted_ballot),
                 value_of(accepted) if accepted else None,
                 memory_of(fleet) if fleet else None,
             )
-        except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, LookupError, msgpack.UnpackException) as error:
             raise ValueError(f"not a founding memory: {error}") from error
+
+
+def _ballot_of(fields: Any) -> Ballot:
+    if type(fields) is not list or list(map(type, fields)) != [int, int]:
+        raise ValueError("a ballot is two numbers")
+    return fields[0], fields[1]
 
 
 class Testimony(NamedTuple):

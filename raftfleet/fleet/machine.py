@@ -583,22 +583,53 @@ class FleetState:
     @classmethod
     def load(cls, data: bytes) -> FleetState:
         """The inverse of :meth:`dump`. Raises ValueError if ``data`` is not a dump of this format."""
-        fields = msgpack.unpackb(data, strict_map_key=False)
-        if not isinstance(fields, list) or not fields or fields[0] != _FORMAT:
-            raise ValueError("this is not the state of a fleet, or that of another version")
-        _, fleet_id, epoch, counter, nodes, settings, placements, groups, gone = fields
+        try:
+            fields = msgpack.unpackb(data, strict_map_key=False)
+            if not isinstance(fields, list) or not fields or fields[0] != _FORMAT:
+                raise ValueError("another version")
+            return cls._from_rows(*fields[1:])
+        except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+            raise ValueError(f"this is not the state of a fleet: {error}") from error
+
+    @classmethod
+    def _from_rows(
+        cls,
+        fleet_id: bytes,
+        epoch: int,
+        counter: int,
+        nodes: list[Any],
+        settings: list[Any],
+        placements: list[Any],
+        groups: list[Any],
+        gone: list[Any],
+    ) -> FleetState:
+        """Raises ValueError, TypeError or IndexError for rows that :meth:`dump` does not make."""
+        _check_types((bytes, fleet_id), (int, epoch), (int, counter))
+        _check_types(*((list, rows) for rows in (nodes, settings, placements, groups, gone)))
         state = cls()
         state.fleet_id = fleet_id
         state.epoch = epoch
         state.counter = counter
         for name, zone, host, port, public_key, instances, active in nodes:
+            _check_types((str, name), (str, zone), (str, host), (int, port), (str, public_key), (bool, active))
+            _check_types((list, instances), *((int, instance) for instance in instances))
+            if not instances:
+                raise ValueError("a node without workers")
             state._put_node(Node(name, zone, host, port, public_key, tuple(instances), active))
+        for packed in settings:
+            _check_types((bytes, packed))
         configs = [_settings(packed)[0] for packed in settings]
+        for placement in placements:
+            for node, instance in placement:
+                _check_types((str, node), (int, instance))
         members = [state._shared(tuple((node, instance) for node, instance in placement)) for placement in placements]
         for uid, name, replicas, setting, placement in groups:
+            _check_types((int, uid), (str, name), (int, replicas), (int, setting), (int, placement))
             group = Group(uid, name, replicas, configs[setting], members[placement])
             state.groups[uid] = group
             state.by_name[name] = group
+        for instance, reason, former in gone:
+            _check_types((int, instance), (str, reason), (str, former))
         state.gone = {instance: reason for instance, reason, _ in gone}
         state.former = {instance: node for instance, _, node in gone}
         return state
@@ -661,6 +692,12 @@ class FleetMachine(StateMachine):
     def load(self, data: bytes) -> FleetState:
         """The state of a snapshot."""
         return FleetState.load(data)
+
+
+def _check_types(*rows: tuple[type, Any]) -> None:
+    for kind, value in rows:
+        if type(value) is not kind:
+            raise ValueError(f"{kind.__name__} is wanted, not {type(value).__name__}")
 
 
 def _parse_node(fields: object) -> Node:

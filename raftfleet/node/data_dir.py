@@ -128,11 +128,11 @@ def read_layout(path: Path) -> dict[str, Any] | None:
         DataDirRefused: it cannot be read, or a newer version wrote it.
     """
     try:
-        text = (path / LAYOUT_NAME).read_text()
+        data = (path / LAYOUT_NAME).read_bytes()
     except FileNotFoundError:
         return None
     try:
-        layout = json.loads(text)
+        layout = json.loads(data.decode())
         form, node, workers = layout["format"], layout["node"], layout["workers"]
         if not (type(form) is int and type(node) is str and type(workers) is int):
             raise ValueError("a wrong type")

@@ -16,8 +16,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import msgpack
-
 from raftfleet.storage.base import ForeignStorage, SnapshotInfo, StorageDamaged, StorageTooNew
 from raftfleet.storage.files import Files, OsFiles
 from raftfleet.storage.records import (
@@ -38,6 +36,7 @@ from raftfleet.storage.records import (
     unpack_entries,
     unpack_group,
     unpack_life,
+    unpack_note,
 )
 from raftfleet.storage.recovery import Replay, Replayed
 from raftfleet.storage.scan import BadRecord, Batch, Lost, scan_segment
@@ -294,10 +293,19 @@ def _snapshot_row(files: Files, path: str) -> dict[str, Any] | None:
 
 
 def _record_row(record: Record, data: bool) -> dict[str, Any]:
-    kind = record.kind
-    row: dict[str, Any] = {"kind": KIND_NAMES.get(kind, str(kind)), "length": record.length}
+    row: dict[str, Any] = {"kind": KIND_NAMES.get(record.kind, str(record.kind)), "length": record.length}
     if record.uid != SHARD_UID:
         row["uid"] = record.uid
+    try:
+        _take_apart(row, record, data)
+    except ValueError as error:
+        row["problem"] = f"cannot be understood: {error}"
+    return row
+
+
+def _take_apart(row: dict[str, Any], record: Record, data: bool) -> None:
+    """Add what the record says. Raises ValueError if that cannot be told."""
+    kind = record.kind
     if kind in (ENTRIES, FORWARD):
         row.update(term=record.term, first_index=record.index, count=record.count)
         if data:
@@ -308,8 +316,7 @@ def _record_row(record: Record, data: bool) -> dict[str, Any]:
         name, config, voters, generation, facts = unpack_group(record.body)
         row.update(name=name, config=config, first_voters=voters, life=record.index, generation=generation, facts=facts)
     elif kind == NOTE:
-        key, value = msgpack.unpackb(record.body)
+        key, value = unpack_note(record.body)
         row.update(key=key, value=base64.b64encode(value).decode())
     else:
         row.update(term=record.term, index=record.index)
-    return row

@@ -231,8 +231,19 @@ def pack_group(
 
 
 def unpack_group(body: bytes) -> tuple[str, dict[str, Any], tuple[int, ...] | None, int, Any]:
-    """Name, config, first voters, lowest generation and facts of a GROUP record."""
-    name, config, voters, generation_min, facts = msgpack.unpackb(body, strict_map_key=False)
+    """Name, config, first voters, lowest generation and facts of a GROUP record.
+
+    Raises:
+        ValueError: the body is none of a GROUP record.
+    """
+    fields = _unpacked(body)
+    if type(fields) is not list or len(fields) != 5:
+        raise ValueError("a group is five fields")
+    name, config, voters, generation_min, facts = fields
+    if type(name) is not str or type(config) is not dict or type(generation_min) is not int:
+        raise ValueError("a group has a name, a config and a generation")
+    if voters is not None and (type(voters) is not list or any(type(voter) is not int for voter in voters)):
+        raise ValueError("first voters are numbers")
     return name, config, None if voters is None else tuple(voters), generation_min, facts
 
 
@@ -243,19 +254,36 @@ def pack_life(kind: int, uid: int, term: int, vote: int, life: int, facts: objec
 
 
 def unpack_life(record: Record) -> int:
-    """The life in a VOTE or TOMBSTONE record."""
+    """The life in a VOTE or TOMBSTONE record. Raises ValueError if there is none."""
+    if len(record.body) < _U64.size:
+        raise ValueError(f"a life has {_U64.size} bytes; these are {len(record.body)}")
     return int(_U64.unpack_from(record.body)[0])
 
 
 def unpack_facts(record: Record) -> Any:
-    """The facts of a TOMBSTONE record; None if there are none."""
+    """The facts of a TOMBSTONE record; None if there are none. Raises ValueError if they cannot be read."""
     rest = record.body[_U64.size :]
-    return msgpack.unpackb(rest, strict_map_key=False) if rest else None
+    return _unpacked(rest) if rest else None
+
+
+def _unpacked(data: bytes) -> Any:
+    try:
+        return msgpack.unpackb(data, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"not msgpack: {error}") from error
 
 
 def pack_note(key: str, value: bytes) -> bytes:
     """A NOTE record."""
     return pack_record(NOTE, SHARD_UID, 0, 0, 0, bytes(msgpack.packb([key, value])))
+
+
+def unpack_note(body: bytes) -> tuple[str, bytes]:
+    """Key and value of a NOTE record. Raises ValueError if it has none."""
+    fields = _unpacked(body)
+    if type(fields) is not list or list(map(type, fields)) != [str, bytes]:
+        raise ValueError("a note is a key and a value")
+    return fields[0], fields[1]
 
 
 def mark_length(count: int) -> int:

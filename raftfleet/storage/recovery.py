@@ -15,8 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
-
 from raftfleet.core.messages import Entry
 from raftfleet.storage.base import Damage, RecoveredGroup, SnapshotInfo, StorageTooNew, Tombstone
 from raftfleet.storage.records import (
@@ -35,6 +33,7 @@ from raftfleet.storage.records import (
     unpack_facts,
     unpack_group,
     unpack_life,
+    unpack_note,
 )
 from raftfleet.storage.scan import Batch, Lost, Tail, scan_segment
 from raftfleet.storage.wal import Segment, segment_name
@@ -290,13 +289,13 @@ class Replay:
                     stone = Tombstone(record.term, record.index, unpack_life(record), unpack_facts(record))
                     self.tombstones[uid] = (stone, batch)
             elif kind == NOTE:
-                key, value = msgpack.unpackb(record.body)
+                key, value = unpack_note(record.body)
                 self.notes.pop(key, None)
                 if value:
                     self.notes[key] = (value, batch)
             else:
                 raise StorageTooNew(f"{where}: a record of the unknown kind {kind}")
-        except (ValueError, TypeError, msgpack.UnpackException) as error:
+        except ValueError as error:
             what = f"a {KIND_NAMES.get(kind, kind)} record of this version cannot be understood: {error}"
             self._group(uid).doubts.append((where, what))
 
