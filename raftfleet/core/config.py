@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 VERSION_MAX = (1 << 31) - 1
@@ -78,6 +79,16 @@ class GroupConfig:
                 raise ValueError(f"restore is (size in bytes, CRC32) of a state, not {self.restore!r:.100}")
             _check_range("the size in restore", self.restore[0], 0, RESTORE_BYTES_MAX, whole=True)
             _check_range("the CRC32 in restore", self.restore[1], 0, 0xFFFFFFFF, whole=True)
+
+    @cached_property
+    def election_timeout_us(self) -> int:
+        """The election timeout in microseconds: one object for all members of one config."""
+        return int(self.election_timeout_s * 1_000_000)
+
+    @cached_property
+    def session_ttl_us(self) -> int:
+        """The life of an idle client's results in microseconds, likewise."""
+        return int(self.session_ttl_s * 1_000_000)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as msgpack and JSON carry them."""

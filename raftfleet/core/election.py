@@ -103,6 +103,7 @@ def on_vote_answer(member: Member, sender: int, m: VoteAnswer) -> None:
             return
     elif member.role != CANDIDATE or m.term != member.term:
         return
+    assert member.votes is not None, "whoever campaigns counts"
     member.votes.setdefault(sender, m.granted)
     count_votes(member)
 
@@ -111,13 +112,14 @@ def count_votes(member: Member) -> None:
     """Go on if a quorum granted, wait if it cannot any more."""
     voters = member.membership.voters
     quorum = member.membership.quorum
-    granted = sum(1 for voter in voters if member.votes.get(voter))
+    votes = member.votes or {}
+    granted = sum(1 for voter in voters if votes.get(voter))
     if granted >= quorum:
         if member.role == PRE_CANDIDATE:
             member.campaign(pre=False)
         elif member.role == CANDIDATE:
             _start_leading(member)
-    elif sum(1 for voter in voters if member.votes.get(voter) is False) >= len(voters) - quorum + 1:
+    elif sum(1 for voter in voters if votes.get(voter) is False) >= len(voters) - quorum + 1:
         # Lost for sure: wait for the timer.
         member.role = FOLLOWER if member.role == PRE_CANDIDATE else member.role
 
@@ -127,7 +129,7 @@ def _start_leading(member: Member) -> None:
     member.role = LEADER
     member.leader = member.id
     member.timer_us = 0
-    member.votes = {}
+    member.votes = None
     member.recovery = None
     member.incoming = None
     lead = member.lead = Leading(shard.now_us)

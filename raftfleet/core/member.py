@@ -128,7 +128,7 @@ class Member:
         # it acknowledged then may be committed by it, and candidates that count it as of then must have them.
         self.forgotten_end = (0, 0)
         self.eager_commit = uid == FLEET_UID
-        self.election_timeout_us = int(config.election_timeout_s * 1_000_000)
+        self.election_timeout_us = config.election_timeout_us
         self.role = FOLLOWER
         self.term = 0
         self.vote = 0
@@ -140,14 +140,14 @@ class Member:
         self.audit: Audit | None = None
         self.is_quarantined = False  # its state differs from what a quorum agrees on
         self.last_time_us = 0  # of the newest entry applied or appended here as leader
-        self.memberships: list[tuple[int, Membership]] = [(0, membership)]
+        self.memberships: list[tuple[int, Membership]] = [shard.first_membership(membership)]
         self.heard_us = NEVER_US  # when a leader was last heard about this very group; outlives following it
         self.timer_us = 0
-        self.votes: dict[int, bool] = {}
+        self.votes: dict[int, bool] | None = None  # since the last campaign, until it is over
         self.lead: Leading | None = None
         self.incoming: tuple[int, int, int, bytearray] | None = None  # snapshot: index, term, total, bytes so far
         self.recovery: dict[int, tuple[int, int, int]] | None = None  # survivor -> (last term, last index, term)
-        self.session_table = Sessions(int(config.session_ttl_s * 1_000_000), config.session_count_max)
+        self.session_table = Sessions(config.session_ttl_us, config.session_count_max)
         self.active_version = config.machine_version or 1
         self.restoring = restoring.begin(config)
         machine.context.version = self.active_version

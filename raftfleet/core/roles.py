@@ -55,7 +55,7 @@ def follow(member: Member, term: int, leader: int) -> None:
     changed = leader != member.leader or member.role != FOLLOWER
     member.role = FOLLOWER
     member.leader = leader
-    member.votes = {}
+    member.votes = None
     member.recovery = None
     if leader:
         if not member.vote:

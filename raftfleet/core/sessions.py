@@ -149,6 +149,10 @@ class Session:
         self.acked = acked
 
 
+_NO_SESSIONS: OrderedDict[bytes, Session] = OrderedDict()
+"""The table of every group without a client: nothing is ever put into it (an empty one takes 200 bytes)."""
+
+
 class Sessions:
     """All clients of one group, in the order of their last use."""
 
@@ -157,7 +161,14 @@ class Sessions:
     def __init__(self, ttl_us: int, count_max: int) -> None:
         self.ttl_us = ttl_us
         self.count_max = count_max
-        self.by_client: OrderedDict[bytes, Session] = OrderedDict()
+        self.by_client: OrderedDict[bytes, Session] = _NO_SESSIONS
+
+    def _begin(self, client_id: bytes) -> Session:
+        """A new session. The first one makes the table: a group that nobody has used yet needs none."""
+        if self.by_client is _NO_SESSIONS:
+            self.by_client = OrderedDict()
+        session = self.by_client[client_id] = Session()
+        return session
 
     def expire(self, time_us: int) -> None:
         """Forget clients that were idle for ``ttl``. Called once per entry, before its commands."""
@@ -179,7 +190,7 @@ class Sessions:
                 return SESSION_EXPIRED, NIL
             if len(self.by_client) >= self.count_max:
                 return OVERLOADED, NIL
-            session = self.by_client[client_id] = Session()
+            session = self._begin(client_id)
         else:
             stored = session.results.get(seq)
             if stored is not None:
@@ -234,15 +245,15 @@ class Sessions:
         Raises:
             ValueError: the rows are not a dump. The table is empty then.
         """
-        self.by_client.clear()
+        self.by_client = _NO_SESSIONS
         try:
             for client_id, acked, used_us, results in rows:
                 if not (bytes is type(client_id) and int is type(acked) is type(used_us)):
                     raise ValueError("a wrong type")
-                session = self.by_client[client_id] = Session()
+                session = self._begin(client_id)
                 session.acked = acked
                 session.used_us = used_us
                 session.results = {seq: body if code == OK else (code, body) for seq, code, body in results}
         except (ValueError, TypeError) as error:
-            self.by_client.clear()
+            self.by_client = _NO_SESSIONS
             raise ValueError(f"not a table of sessions: {error}") from error

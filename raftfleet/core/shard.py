@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 HELD_VOTES_MAX = 4096
 """Vote requests kept for groups of which this shard has not been told yet."""
 HELD_VOTE_US = 2_000_000
+MEMBERSHIPS_SHARED_MAX = 10_000
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Shard:
         self._timers: list[tuple[int, int]] = []
         self._next_beat_us = 0
         self._started_us = -1
+        self._first_memberships: dict[Membership, tuple[int, Membership]] = {}
         self._held_votes: dict[int, dict[int, tuple[int, Any]]] = {}  # uid -> sender -> (until when, request)
         self._held_vote_count = 0
         self._established: list[Member] = []
@@ -373,6 +375,17 @@ class Shard:
                 if until_us >= self.now_us:
                     member.on_vote(sender, message)
         return member
+
+    def first_membership(self, membership: Membership) -> tuple[int, Membership]:
+        """``(0, membership)``, one object for all members here that begin with an equal one."""
+        if membership.audit:  # which does not count for equality
+            return 0, membership
+        row = self._first_memberships.get(membership)
+        if row is None:
+            if len(self._first_memberships) >= MEMBERSHIPS_SHARED_MAX:
+                self._first_memberships.clear()
+            row = self._first_memberships[membership] = (0, membership)
+        return row
 
     def remove_group(self, uid: int) -> None:
         """The group is no more: answer what waits, forget everything."""

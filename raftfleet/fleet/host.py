@@ -54,6 +54,8 @@ COMMAND_OP, QUERY_OP, CALL_OP, COMMAND_RUN_OP, QUERY_RUN_OP = 1, 2, 3, 4, 5
 """Kinds of requests, as in :mod:`raftfleet.wire.ipc` (fleet imports core only)."""
 
 SWEEP_US = 10_000_000
+SWEEP_MEMBERS_MAX = 200
+"""Members that one sweep looks at: ten thousand are through in eight minutes, and cost no more than two hundred."""
 RECONCILE_RETRY_US = 300_000
 DRAIN_RETRY_US = 1_000_000
 """How often a worker without room on its disk tries again to hand its leaderships over."""
@@ -138,17 +140,26 @@ class Host(RestoringLayer):
             self._sweep()
 
     def _sweep(self) -> None:
-        """Slowly, behind the events: reconcile all groups led here; start members that could not start."""
-        for uid, member in self.shard.members.items():
-            if member.lead is not None:
+        """Slowly, behind the events: look again at some groups led here; start members that could not start.
+
+        A sweep costs the same however many groups there are, so that idle ones cost nothing: it looks at what was
+        elected since the last one, whose news may have been lost, and at a few of the others in turn.
+        """
+        young, self._elected = self._elected, {}
+        for uid in [*young, *self._sweep_turn()]:
+            member = self.shard.members.get(uid)
+            if member is not None and member.lead is not None:
                 self._reconcile[uid] = None
                 if member.is_established:
                     self._announce(member)
         if self._resting:
             self._retry_resting()
         if self.fleet_known:
-            for group in self.fleet.groups.values():
-                self._maybe_create(group)
+            unstarted, self._unstarted = self._unstarted, {}
+            for uid in unstarted:
+                group = self.fleet.groups.get(uid)
+                if group is not None:
+                    self._maybe_create(group)
             for uid in [uid for uid in self._dead_early if self.fleet.is_dead_uid(uid)]:
                 self._dead_early.discard(uid)
             for instance in [i for i in self._newest_forward if i in self.fleet.gone]:
@@ -157,6 +168,14 @@ class Host(RestoringLayer):
         for peer in [peer for peer, link in links.items() if not link.in_use and peer not in self.addresses]:
             del links[peer]
             self._introduced.pop(peer, None)
+
+    def _sweep_turn(self) -> list[int]:
+        """The next few members, in a turn that reaches all of them."""
+        if not self._sweep_left:
+            self._sweep_left = list(self.shard.members)
+        turn = self._sweep_left[-SWEEP_MEMBERS_MAX:]
+        del self._sweep_left[-SWEEP_MEMBERS_MAX:]
+        return turn
 
     def flush(self) -> None:
         """Before sending: what the shard has to say, and what this host queued."""
@@ -361,6 +380,7 @@ class Host(RestoringLayer):
             if member is not None and member.lead is not None:
                 self._learn_leader(uid, member.term, self.instance)
                 self._announce(member)
+                self._elected[uid] = None
                 self._reconcile[uid] = None
                 if uid == FLEET_UID and not self.fleet_known:
                     for command in self._founding_commands:  # done twice, the second is without effect

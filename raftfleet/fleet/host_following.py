@@ -175,12 +175,16 @@ class FollowingLayer(RoutingLayer):
             if instance in self.addresses:
                 del self.addresses[instance]
                 self._out.forgotten.append(instance)
+        if self.fleet_known and not self._asked_for_leaders:
+            self._asked_for_leaders = True
+            self._ask_for_leaders()
         self._pinned = {}
         for uid, member in self.shard.members.items():
             if member.lead is not None:
                 self._reconcile[uid] = None
                 if member.is_established:
                     self._announce(member)
+                    self._elected[uid] = None  # to say it once more
 
     def _owns(self, name: str) -> bool:
         return shard_of(name, self.settings.workers) == self.settings.index
@@ -206,10 +210,13 @@ class FollowingLayer(RoutingLayer):
     def _maybe_create(self, group: Group) -> None:
         """Start the first member that the fleet's log gives to this worker."""
         uid = group.uid
-        if self.shard.holds(uid) or uid in self._dead_early or self.shard.is_full:
+        if self.shard.holds(uid) or uid in self._dead_early:
             return
         instances = tuple(instance for _, instance in group.members)
         if self.instance not in instances:
+            return
+        self._unstarted[uid] = None  # until it has
+        if self.shard.is_full:
             return
         made = self._make_machine(group)
         if made is None:
@@ -222,6 +229,8 @@ class FollowingLayer(RoutingLayer):
             )
         except BaseException as error:  # of the user's ``new``
             self._cannot_start(group.name, error)
+        else:
+            del self._unstarted[uid]
 
     def _group_removed(self, name: str, uid: int) -> None:
         if self._known.get(name) == uid:
@@ -230,7 +239,7 @@ class FollowingLayer(RoutingLayer):
         self.shard.remove_group(uid)
         self.leaders.pop(uid, None)
         self._dead_early.discard(uid)
-        for table in (self._reconcile, self._reconcile_later, self._pinned, self._catching_up):
+        for table in (self._reconcile, self._reconcile_later, self._pinned, self._catching_up, self._unstarted):
             table.pop(uid, None)
         for request in self._parked.pop(uid, ()):
             if not request.done:
@@ -266,7 +275,7 @@ class FollowingLayer(RoutingLayer):
         if member is not None:
             config = group.group_config()
             member.config = config
-            member.election_timeout_us = int(config.election_timeout_s * 1_000_000)
+            member.election_timeout_us = config.election_timeout_us
             self.shard.save_group(member)
             made = self._make_machine(group)
             if made is not None:

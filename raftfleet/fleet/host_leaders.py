@@ -22,6 +22,9 @@ from raftfleet.fleet.host_asking import AskingLayer
 from raftfleet.fleet.requests import IN_A_LOG
 
 ASK_WHO_LEADS_US = 250_000
+ASK_FOR_LEADERS_US = 1_000_000
+ASK_FOR_LEADERS_ATTEMPTS = 10
+LEADERSHIPS_SHARED_MAX = 10_000
 
 
 class LeaderLayer(AskingLayer):
@@ -32,7 +35,9 @@ class LeaderLayer(AskingLayer):
         if known is not None and known[0] > term:
             return
         if known != (term, instance):
-            self.leaders[uid] = (term, instance)
+            if len(self._leaderships) >= LEADERSHIPS_SHARED_MAX:
+                self._leaderships.clear()
+            self.leaders[uid] = self._leaderships.setdefault((term, instance), (term, instance))
             if self._forwarded:
                 self._moved[uid] = None
             group = self.fleet.groups.get(uid)
@@ -97,6 +102,32 @@ class LeaderLayer(AskingLayer):
             instance = node.instances[shard_of(member.name, len(node.instances))]
             if instance != self.instance:
                 self._notices.setdefault(instance, {})[member.uid] = notice
+
+    def _ask_for_leaders(self) -> None:
+        """This worker has come up and heard no announcements: have every other one say what it leads of ours."""
+
+        def ask(instance: int, attempts_left: int) -> None:
+            def answered(code: int, body: Any) -> None:
+                if code != OK and attempts_left and instance in self.addresses:
+                    row = (self.now_us + ASK_FOR_LEADERS_US, lambda: ask(instance, attempts_left - 1))
+                    self._delayed.append(row)
+
+            self.rpc(instance, "announce", {"to": self.instance}, answered, ASK_FOR_LEADERS_US)
+
+        for instance in list(self.addresses):
+            ask(instance, ASK_FOR_LEADERS_ATTEMPTS)
+
+    def _announce_all_to(self, instance: int) -> bool:
+        """What the worker ``instance`` has asked for by :meth:`_ask_for_leaders`; False if it is not known here yet."""
+        home = self.fleet.instance_home(instance)
+        node = self.fleet.nodes.get(home[0]) if home is not None else None
+        if node is None or home is None:
+            return False
+        for member in self.shard.members.values():
+            if member.is_established and shard_of(member.name, len(node.instances)) == home[1]:
+                notice = Leadership(member.uid, member.term, self.instance)
+                self._notices.setdefault(instance, {})[member.uid] = notice
+        return True
 
     def _ask_who_leads(self, uid: int) -> None:
         """Ask some member, one at a time. The requests themselves wait meanwhile.

@@ -206,6 +206,8 @@ class RoutingLayer(LeaderLayer):
         leader = body[0] if isinstance(body, (list, tuple)) and len(body) == 2 and type(body[0]) is int else 0
         if leader and leader not in (sender, self.instance) and request.attempts < 8:
             request.attempts += 2
+            if type(body[1]) is int:
+                self._learn_leader(uid, body[1], leader)
             self._forward(request, leader)
         else:
             self._parked.setdefault(uid, []).append(request)

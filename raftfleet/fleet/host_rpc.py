@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raftfleet.core.change import ConfigChangeRefused
-from raftfleet.core.codes import BAD_REQUEST, GONE_UID, NOT_IMPORTABLE, NOT_LEADER, OK, REFUSED
+from raftfleet.core.codes import BAD_REQUEST, GONE_UID, NOT_ACTIVE, NOT_IMPORTABLE, NOT_LEADER, OK, REFUSED
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.failures import describe
 from raftfleet.core.host_messages import RPC, RPC_ANSWER, Rpc, RpcAnswer
@@ -59,6 +59,8 @@ class RpcLayer(HostState):
                 answer(OK, {})
             elif method == "who_leads":
                 answer(*self._rpc_who_leads(int(args["uid"])))
+            elif method == "announce":
+                answer(OK if self._announce_all_to(int(args["to"])) else NOT_ACTIVE, {})
             elif method == "machine_version":
                 member = self.shard.members.get(int(args["uid"]))
                 answer(OK, member.machine.version if member is not None else 0)

@@ -2,7 +2,7 @@
 
 This module decides nothing (:mod:`raftfleet.fleet.host` lists the layers). All state is in one place,
 :meth:`HostState.__init__`, because the layers above share it: a leader learned in one sets requests free in another. A
-layer calls only those below it; the two calls that go upward are declared here, as abstract methods.
+layer calls only those below it; the three calls that go upward are declared here, as abstract methods.
 """
 
 from __future__ import annotations
@@ -128,11 +128,13 @@ class HostState(ABC):
         self.fleet_index = 0
         self.fleet_known = False  # whether self.fleet holds a fleet's state at all
         self.leaders: dict[int, tuple[int, int]] = {}  # uid -> (term, instance)
+        self._leaderships: dict[tuple[int, int], tuple[int, int]] = {}  # one object for equal ones
         self.addresses: dict[int, tuple[str, str]] = {}
         # The fleet's log.
         self._fleet_machine: RecordingFleetMachine | None = None
         self._founding_commands: list[Any] = []
         self._seen_node_version = -1
+        self._unstarted: dict[int, None] = {}  # groups whose member here could not start yet
         self._watchers: dict[int, None] = {}
         self._known: dict[str, int] = {}  # name -> uid, of the groups whose name this worker owns
         self._dead_early: set[int] = set()
@@ -151,6 +153,9 @@ class HostState(ABC):
         self._asking: dict[int, None] = {}
         self._leaderless: dict[int, None] = {}
         self._guess_count = 0
+        self._asked_for_leaders = False
+        self._elected: dict[int, None] = {}  # here since the last sweep
+        self._sweep_left: list[int] = []
         # What leaves with the next collection, and what is called.
         self._next_id = 1
         self._forwards: dict[int, list[ForwardRequest]] = {}
@@ -219,6 +224,10 @@ class HostState(ABC):
     @abstractmethod
     def _route(self, request: Request, *, guess: bool = False) -> None:
         """See :meth:`raftfleet.fleet.host_routing.RoutingLayer._route`."""
+
+    @abstractmethod
+    def _announce_all_to(self, instance: int) -> bool:
+        """See :meth:`raftfleet.fleet.host_leaders.LeaderLayer._announce_all_to`."""
 
     @abstractmethod
     def _recipe(self, uid: int) -> tuple[str, GroupConfig, Any, Any] | None:

@@ -446,10 +446,9 @@ class LeaderTable:
 class _Row:
     """What a region's writer knows of a group; ``word``: its slot, or -1 while there is no room for it."""
 
-    __slots__ = ("instance", "name_hash", "node", "term", "uid", "word")
+    __slots__ = ("instance", "node", "term", "uid", "word")
 
-    def __init__(self, name_hash: bytes, uid: int) -> None:
-        self.name_hash = name_hash
+    def __init__(self, uid: int) -> None:
         self.uid = uid
         self.term = 0
         self.node: str | None = None
@@ -488,7 +487,7 @@ class RegionWriter:
         self._header = segment.region_offset(self._index) // 8
         self._first = segment.slots_offset(self._index) // 8
         self._end = self._first + segment.slots * _SLOT_WORDS
-        self._owners: dict[int, str] = {}  # word of a used slot -> name
+        self._owned: set[int] = set()  # words of the slots in use
         self._removed_count = 0
         self._is_short = False  # of slots or of endpoint numbers
         self._clear()
@@ -511,7 +510,7 @@ class RegionWriter:
     @property
     def needs_growth(self) -> bool:
         """Whether the region is too full: ask the supervisor for a new generation."""
-        filled = len(self._owners) + self._removed_count
+        filled = len(self._owned) + self._removed_count
         return self._is_short or filled > self._segment.slots * FILL_MAX
 
     @property
@@ -546,7 +545,7 @@ class RegionWriter:
             return
         del self._rows[name]
         if row.word >= 0:
-            self._vacate(row)
+            self._vacate(name, row)
 
     def replace_all(self, rows: list[tuple[str, int, int, str | None, int]]) -> None:
         """Make the region say this and nothing else, be it older or newer than what it said.
@@ -596,7 +595,7 @@ class RegionWriter:
         self.follow()
         row = self._rows.get(name)
         if row is None:
-            row = self._rows[name] = _Row(name_hash128(name), uid)
+            row = self._rows[name] = _Row(uid)
         elif uid < row.uid or (uid == row.uid and term < row.term):
             return
         elif row.uid == uid and row.term == term and row.node == node and row.instance == instance:
@@ -606,16 +605,17 @@ class RegionWriter:
 
     def _write(self, name: str, row: _Row) -> None:
         endpoint = self._endpoint_number(row.node) if row.node is not None else 0
+        name_hash = name_hash128(name)
         if row.word < 0:
-            row.word = self._free_slot(row.name_hash)
+            row.word = self._free_slot(name_hash)
             if row.word < 0:
                 self._publish_counts()
                 return
             if self._segment.words[row.word + _STATE_WORD]:
                 self._removed_count -= 1
-            self._owners[row.word] = name
+            self._owned.add(row.word)
             self._publish_counts()
-        self._segment.write_slot(row.word, row.name_hash, row.uid, row.term, endpoint, _USED, row.instance)
+        self._segment.write_slot(row.word, name_hash, row.uid, row.term, endpoint, _USED, row.instance)
 
     def _endpoint_number(self, node: str) -> int:
         """The number of a node's name, given out now if need be; 0 (as if without leader) if there is no room."""
@@ -638,29 +638,29 @@ class RegionWriter:
 
     def _free_slot(self, name_hash: bytes) -> int:
         """Word of the first slot on the name's path that is not in use, or -1."""
-        if len(self._owners) >= self._segment.slots - 1:  # one stays empty, so that every search ends
+        if len(self._owned) >= self._segment.slots - 1:  # one stays empty, so that every search ends
             self._is_short = True
             return -1
         slot = _first_slot(name_hash, self._segment.slots)
         for _ in range(self._segment.slots):
             word = self._first + slot * _SLOT_WORDS
-            if word not in self._owners:
+            if word not in self._owned:
                 return word
             slot = (slot + 1) & (self._segment.slots - 1)
         raise AssertionError("a slot is free and was not found")
 
-    def _vacate(self, row: _Row) -> None:
+    def _vacate(self, name: str, row: _Row) -> None:
         """Mark a slot as removed; where the next one is empty, no path leads through it and it becomes empty itself."""
         segment, words = self._segment, self._segment.words
-        del self._owners[row.word]
+        self._owned.discard(row.word)
         following = row.word + _SLOT_WORDS
         if words[(following if following < self._end else self._first) + _STATE_WORD]:
-            segment.write_slot(row.word, row.name_hash, row.uid, 0, 0, _REMOVED, 0)
+            segment.write_slot(row.word, name_hash128(name), row.uid, 0, 0, _REMOVED, 0)
             self._removed_count += 1
         else:
             segment.write_slot(row.word, bytes(16), 0, 0, 0, _EMPTY, 0)
             word = (row.word if row.word > self._first else self._end) - _SLOT_WORDS
-            while words[word + _STATE_WORD] and word not in self._owners:
+            while words[word + _STATE_WORD] and word not in self._owned:
                 segment.write_slot(word, bytes(16), 0, 0, 0, _EMPTY, 0)
                 self._removed_count -= 1
                 word = (word if word > self._first else self._end) - _SLOT_WORDS

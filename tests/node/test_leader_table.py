@@ -401,9 +401,9 @@ class Model(RuleBasedStateMachine):
         words, writer = self.writer._segment.words, self.writer
         used = range(writer._first, writer._end, leader_table._SLOT_WORDS)
         states = [words[word + leader_table._STATE_WORD] for word in used]
-        removed = [word for word, state in zip(used, states, strict=True) if state and word not in writer._owners]
+        removed = [word for word, state in zip(used, states, strict=True) if state and word not in writer._owned]
         assert len(removed) == writer._removed_count
-        assert set(writer._owners) == {row.word for row in writer._rows.values() if row.word >= 0}
+        assert set(writer._owned) == {row.word for row in writer._rows.values() if row.word >= 0}
 
 
 Model.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
