@@ -23,6 +23,7 @@ from raftfleet.fleet.host_copying import COPY_US, PIECE_US
 from raftfleet.fleet.host_state import RETRY_PARKED_US
 from raftfleet.fleet.machine import Group
 
+CENSUS_US_PER_MEMBER = 100
 DIVERGENT_SHOWN_MAX = 100
 """Groups named in a worker's figures: enough for a person; ``divergences`` counts them all."""
 ASK_ANY_US = 5_000_000
@@ -50,14 +51,15 @@ class CallLayer(ChangingLayer):
         members = self.shard.members
         known = self.leaders.get(FLEET_UID)
         fleet_member = members.get(FLEET_UID)
+        leader_count, divergent = self._census()
         answer(
             OK,
             {
                 "index": self.settings.index,
                 "instance": self.instance,
                 "endpoint": self.settings.endpoint,
-                "members": sum(uid != FLEET_UID for uid in members),
-                "leaders": sum(uid != FLEET_UID and member.lead is not None for uid, member in members.items()),
+                "members": len(members) - (FLEET_UID in members),
+                "leaders": leader_count,
                 "fleet": self.fleet_id or None,
                 "fleet_index": self.fleet_index,
                 "fleet_leader": (fleet_member.leader if fleet_member is not None else 0) or (known[1] if known else 0),
@@ -66,11 +68,22 @@ class CallLayer(ChangingLayer):
                 "fleet_voters": list(fleet_member.voters) if fleet_member is not None else [],
                 "counters": dict(self.counters),
                 "disk": self.disk.status() if self.disk is not None else None,
-                "divergent": [m.name for m in members.values() if m.audit is not None and m.audit.differing][
-                    :DIVERGENT_SHOWN_MAX
-                ],
+                "divergent": divergent,
             },
         )
+
+    def _census(self) -> tuple[int, list[str]]:
+        """How many groups are led here, and which members differ from their groups.
+
+        The manager asks every second. Who has many members counts them more rarely, in a thousandth of its time.
+        """
+        members = self.shard.members
+        if self._counted is None or self.now_us - self._counted_us > len(members) * CENSUS_US_PER_MEMBER:
+            leaders = sum(uid != FLEET_UID and member.lead is not None for uid, member in members.items())
+            divergent = [m.name for m in members.values() if m.audit is not None and m.audit.differing]
+            self._counted = leaders, divergent[:DIVERGENT_SHOWN_MAX]
+            self._counted_us = self.now_us
+        return self._counted
 
     def _call_set_fleet(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         fleet_id = args["fleet"]

@@ -153,6 +153,8 @@ class HostState(ABC):
         self._asking: dict[int, None] = {}
         self._leaderless: dict[int, None] = {}
         self._guess_count = 0
+        self._counted: tuple[int, list[str]] | None = None
+        self._counted_us = 0
         self._asked_for_leaders = False
         self._elected: dict[int, None] = {}  # here since the last sweep
         self._sweep_left: list[int] = []
