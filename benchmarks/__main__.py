@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "settings": {"rounds": arguments.rounds, "seconds": arguments.seconds, "nodes": 3, "workers_per_node": 1},
         "versions": {},
         "skipped": {},
+        "failed": {},
         "rows": [],
     }
     if "commands" in arguments.only:
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if kind == "row":
                 result["rows"].append(value)
             else:
-                result["versions" if kind == "version" else "skipped"][value[0]] = value[1]
+                result["versions" if kind == "version" else kind][value[0]] = value[1]
     if "table" in arguments.only:
         say("leader table")
         result["leader_table"] = {"us": look_up_us()}

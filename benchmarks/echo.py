@@ -73,6 +73,8 @@ def client() -> None:
         dealer = context.socket(zmq.DEALER)
         dealer.set(zmq.LINGER, 0)
         dealer.set(zmq.RCVTIMEO, 10_000)
+        dealer.set(zmq.SNDHWM, 0)  # no limits: a ROUTER drops what is above them
+        dealer.set(zmq.RCVHWM, 0)
         dealer.connect(endpoint)
         print(json.dumps(server.pid), flush=True)
         for line in sys.stdin:
@@ -87,6 +89,8 @@ def serve() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.set(zmq.LINGER, 0)
+    router.set(zmq.SNDHWM, 0)
+    router.set(zmq.RCVHWM, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     print(f"tcp://127.0.0.1:{port}", flush=True)
     while True:

@@ -147,6 +147,7 @@ def markdown(result: dict[str, Any]) -> str:
     parts += ["", f"settings: {', '.join(f'{name} {value}' for name, value in result['settings'].items())}", ""]
     parts += [f"- {ALL[key].title}: {version}" for key, version in result["versions"].items()]
     parts += [f"- {ALL[key].title}: not measured, {why}" for key, why in result["skipped"].items()]
+    parts += [f"- failed: {what}: {why}" for what, why in result["failed"].items()]
     for title, make in SECTIONS:
         text = make(result)
         if text:

@@ -135,7 +135,10 @@ def measure(system: System, workload: Workload, seconds: float) -> dict[str, Any
 
 
 def run_rounds(systems: list[type[System]], rounds: int, seconds: float, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Measure everything; yields ``("row", {...})``, ``("version", (key, text))`` and ``("skipped", (key, why))``."""
+    """Measure everything.
+
+    Yields ``("row", {...})``, ``("version", (key, text))``, and ``(key, why)`` after ``"skipped"`` or ``"failed"``.
+    """
     skipped: set[str] = set()
     for number in range(rounds):
         for kind in systems:
@@ -150,6 +153,9 @@ def run_rounds(systems: list[type[System]], rounds: int, seconds: float, quick: 
                         row = measure(system, workload, seconds)
                         say(f"  {workload.key}: {row['per_second']:,.0f}/s, p50 {row['p50_us']:,.0f} µs")
                         yield "row", {"system": kind.key, "workload": workload.key, "round": number, **row}
+            except RuntimeError as error:  # one system's failure must not cost the figures of the others
+                say(f"  failed: {error}")
+                yield "failed", (f"{kind.key}, round {number + 1}", str(error))
             except NotInstalled as error:
                 skipped.add(kind.key)
                 say(f"  skipped: {error}")

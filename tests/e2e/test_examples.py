@@ -79,3 +79,18 @@ def test_the_benchmark_suite_measures_every_part_and_leaves_its_files(tmp_path: 
     for section in ("Goals", "Commands and queries", "Idle groups", "Life cycle", "Tail"):
         assert f"## {section}" in page
     assert done.stdout.strip() == page.strip()
+
+
+def test_the_cost_model_counts_what_it_computes(tmp_path: Path) -> None:
+    told = tmp_path / "model.json"
+    done = run(
+        sys.executable, str(ROOT / "benchmarks" / "cost_model.py"), "--quick", "--json", str(told), deadline_s=240
+    )
+    assert done.returncode == 0, done.stderr
+    model = json.loads(told.read_text())
+    for row in model["idle, simulated"]:
+        assert abs(row["linked_pairs"] / row["linked_pairs_computed"] - 1) < 0.1, row
+    three_nodes = [row for row in model["idle, simulated"] if row["nodes"] == 3]
+    assert len({row["bytes_per_s"] for row in three_nodes}) == 1, "idle traffic does not depend on the number of groups"
+    assert model["memory"][0]["member_bytes"] < 3072
+    assert all(f"\n{title}\n" in done.stdout for title in model)
