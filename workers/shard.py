@@ -124,6 +124,7 @@ class Worker:
         self.backlog: list[tuple[int, list[Any]]] = []
         self.running: Member | None = None
         self.in_user_code = False
+        self.is_alarm_set = False
         self.user_code_since_us = 0
         self.sweep_us = 0
         self.exit_fresh = False
@@ -164,9 +165,7 @@ class Worker:
 
     def run(self) -> None:
         """Until SIGTERM, or until this worker has left its fleet."""
-        interval_s = self.context.config.beat_interval_s
         signal.signal(signal.SIGALRM, self._pulse)
-        signal.setitimer(signal.ITIMER_REAL, interval_s, interval_s)
         gc.collect()
         gc.freeze()
         try:
@@ -378,6 +377,8 @@ class Worker:
             self.running = member
             self.user_code_since_us = now_us
             self.in_user_code = True
+            if not self.is_alarm_set:
+                self._set_alarm()
             return
         self.in_user_code = False
         took_us = now_us - self.user_code_since_us
@@ -393,10 +394,17 @@ class Worker:
             self.host.count("slow_commands")
         self.running = None
 
+    def _set_alarm(self) -> None:
+        """One SIGALRM in a beat's time. None while no user's code runs: an idle worker is not woken for nothing."""
+        self.is_alarm_set = True
+        signal.setitimer(signal.ITIMER_REAL, self.context.config.beat_interval_s)
+
     def _pulse(self, number: int, frame: FrameType | None) -> None:
         """SIGALRM: if a user's code is running, keep the links alive meanwhile."""
         if not self.in_user_code:
+            self.is_alarm_set = False
             return
+        self._set_alarm()
         now_us = monotonic_us()
         shard = self.host.shard
         for sender, messages in self.peers.receive(256):  # what is more than that leaves ``is_woken`` set
