@@ -26,6 +26,16 @@ def run(table: Sessions, seq: int, now_us: int, *, acked: int = 0, issued_us: in
     return admitted
 
 
+def test_the_first_client_of_one_group_is_none_of_another() -> None:
+    one, other, third = (Sessions(TTL_US, 10) for _ in range(3))
+    assert run(one, 1, WALL_US) == "ran"
+    assert other.by_client == {} == third.by_client and list(one.by_client) == [CLIENT]
+    third.load(one.dump())
+    assert run(third, 1, WALL_US) == (0, b"result 1") and run(other, 1, WALL_US) == "ran"
+    third.load([])
+    assert run(third, 1, WALL_US) == "ran" and Sessions(TTL_US, 10).by_client == {}
+
+
 def test_a_repeated_command_gets_its_first_result_and_does_not_run_again() -> None:
     cluster = Cluster()
     leader = cluster.settle()
