@@ -1,6 +1,7 @@
 """Tools for testing what runs on raftfleet, and raftfleet itself.
 
 * ``LocalFleet``: real nodes on this machine, to be used, killed and paused by a test.
+* ``NamespaceFleet``: the same, each node in a network namespace of its own, whose links a test takes down.
 * ``SimFleet``: whole nodes, their managers apart, on a virtual clock and network; a hundred times faster than time.
 * ``check_deterministic``: does a state machine do the same in every process?
 * ``check_under_faults``: does it keep its promises while nodes die and messages are lost?
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from raftfleet.testing.faults import FaultReport, FaultsNotSurvived, check_under_faults
     from raftfleet.testing.fleet import SimFleet, SimFleetOptions
     from raftfleet.testing.local_fleet import LocalFleet, LocalFleetError, LocalNode
+    from raftfleet.testing.namespaces import NamespaceFleet
 
 __all__ = [
     "FaultReport",
@@ -29,6 +31,7 @@ __all__ = [
     "LocalFleet",
     "LocalFleetError",
     "LocalNode",
+    "NamespaceFleet",
     "NotDeterministic",
     "SimFleet",
     "SimFleetOptions",
@@ -42,6 +45,7 @@ _HOME = {
     "LocalFleet": "raftfleet.testing.local_fleet",
     "LocalFleetError": "raftfleet.testing.local_fleet",
     "LocalNode": "raftfleet.testing.local_fleet",
+    "NamespaceFleet": "raftfleet.testing.namespaces",
     "NotDeterministic": "raftfleet.testing.determinism",
     "SimFleet": "raftfleet.testing.fleet",
     "SimFleetOptions": "raftfleet.testing.fleet",

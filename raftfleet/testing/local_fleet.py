@@ -81,11 +81,12 @@ class LocalNode:
         name: the node's name in the fleet.
         zone: its zone, or None if it was started without one (then it is not active).
         workers: number of shard workers.
-        port: the manager's port on 127.0.0.1; worker i listens on ``port + 1 + i``.
+        port: the manager's port on ``host``; worker i listens on ``port + 1 + i``.
         run_dir: the node's run directory: ``raftfleet.connect(node.run_dir)``.
         log_path: stderr and stdout of all its processes, appended to over restarts.
         peers: endpoints given as ``--peers``.
         options: further command line options, as given to :meth:`LocalFleet.start_node`; ``data_dir`` if it is durable.
+        host: the node's address.
         process: the supervisor; None before the first start and after the node ended.
     """
 
@@ -97,12 +98,13 @@ class LocalNode:
     log_path: Path
     peers: tuple[str, ...]
     options: dict[str, Any]
+    host: str = "127.0.0.1"
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """``host:port`` of the manager, as ``--peers`` takes it."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     @property
     def is_running(self) -> bool:

@@ -1,0 +1,25 @@
+"""The registers of the simulations on real nodes: the checkers need not know where a history was made."""
+
+from raftfleet.testing.model import GroupRecord, RegistersMachine
+
+
+class Nobody(GroupRecord):
+    """On a real node there is no one record that all members share: the test compares afterwards."""
+
+    def applied(self, operation, version, chain):
+        pass
+
+    def answered(self, version, chain):
+        pass
+
+
+class Registers(RegistersMachine):
+    """Also answers ``["journal"]``: the operations that took effect, in order."""
+
+    def __init__(self):
+        super().__init__(Nobody(0))
+
+    def query(self, state, arg):
+        if arg == ["journal"]:
+            return [state.version, state.chain, list(state.seen)]
+        return super().query(state, arg)
