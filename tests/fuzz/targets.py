@@ -175,6 +175,7 @@ COMMANDS = [
     ["declare_lost", [1, 2]],
     ["instances", "n1", [3, 4], [1, 2]],
     ["add_group", "new", 3, GroupConfig("a:B").to_dict()],
+    ["add_groups", ["more", "and more"], 3, GroupConfig("a:B").to_dict()],
     ["remove_group", "group 1"],
     ["change_config", "group 1", GroupConfig("a:B").to_dict()],
     ["renew_group", 3, [1, 2]],
