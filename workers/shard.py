@@ -16,7 +16,6 @@ than the election timeout still does.
 
 from __future__ import annotations
 
-import gc
 import logging
 import random
 import secrets
@@ -34,6 +33,7 @@ from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
 from raftfleet.node.data_dir import retire_shard, shard_dir
 from raftfleet.node.exit_codes import ExitCode
+from raftfleet.node.garbage import Garbage
 from raftfleet.node.leader_table import RegionWriter
 from raftfleet.node.machines import MachineLoader
 from raftfleet.storage.base import RecoveredShard, StorageLocked, StoragePoisoned
@@ -127,6 +127,8 @@ class Worker:
         self.is_alarm_set = False
         self.user_code_since_us = 0
         self.sweep_us = 0
+        self.garbage = Garbage()
+        self.requests_seen = 0
         self.exit_fresh = False
         if self.keeper is not None and found is not None:
             self._take_disk(self.keeper, found)
@@ -166,8 +168,7 @@ class Worker:
     def run(self) -> None:
         """Until SIGTERM, or until this worker has left its fleet."""
         signal.signal(signal.SIGALRM, self._pulse)
-        gc.collect()
-        gc.freeze()
+        self.garbage.start()
         try:
             while not self._is_done():
                 self._iterate()
@@ -229,6 +230,7 @@ class Worker:
             self.sweep_us = now_us + WAIT_US_MAX
             self.clients.sweep(now_us)
             self.table.follow()
+            self._care_for_garbage(now_us)
             if self.snapshots is not None:
                 self.snapshots.tick(now_us)
         self._carry_out()
@@ -289,6 +291,11 @@ class Worker:
             logger.log(getattr(logging, level.upper()), "%s", text)
         if out.exit_fresh:
             self.exit_fresh = True
+
+    def _care_for_garbage(self, now_us: int) -> None:
+        requests = self.clients.counters["requests"]
+        self.garbage.tick(now_us, is_idle=requests == self.requests_seen and not self.host.open_counts()["open"])
+        self.requests_seen = requests
 
     def _deadline_us(self) -> int:
         """When the loop has something to do even if nothing comes."""
