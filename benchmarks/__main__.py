@@ -2,8 +2,8 @@
 
     python benchmarks [--only PART,...] [--rounds 3] [--seconds 2] [--quick] [--out FOLDER]
 
-Parts: commands, idle, life, tail, table. ``--systems`` picks what the commands part compares. Progress goes to stderr,
-the page to stdout; ``result.json``, ``result.md`` and SVG plots go to the folder.
+Parts: commands, idle, life, tail, overload, table. ``--systems`` picks what the commands part compares. Progress goes
+to stderr, the page to stdout; ``result.json``, ``result.md`` and SVG plots go to the folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import idle  # noqa: E402
 import lifecycle  # noqa: E402
+import overload  # noqa: E402
 import report  # noqa: E402
 import tail  # noqa: E402
 import workloads  # noqa: E402
@@ -28,7 +29,7 @@ from systems import ALL, Raftfleet, wait_for  # noqa: E402
 
 from raftfleet.node.leader_table import LeaderTableReader  # noqa: E402
 
-PARTS = ("commands", "idle", "life", "tail", "table")
+PARTS = ("commands", "idle", "life", "tail", "overload", "table")
 
 
 def look_up_us() -> float:
@@ -71,6 +72,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if "tail" in arguments.only:
         say("tail")
         result["tail"] = tail.measure_tail(3.0 if quick else arguments.tail_seconds)
+    if "overload" in arguments.only:
+        say("overload")
+        result["overload"] = overload.measure_overload(1.0 if quick else 10.0)
     return result
 
 

@@ -126,6 +126,9 @@ def goals(result: dict[str, Any]) -> list[list[str]]:
         add("leader table, known group", result["leader_table"]["us"], "≤", 0.5, " µs")
     if "tail" in result:
         add("tail at half load, p99.9 over p50", result["tail"]["p999_us"] / result["tail"]["p50_us"], "≤", 10, " ×")
+    if "overload" in result:
+        add("overload, done, of the peak", result["overload"]["part_of_peak"], "≥", 0.8, " ×")
+        add("overload, groups with an election", result["overload"]["elections"], "≤", 0, "")
     return lines
 
 
@@ -214,12 +217,33 @@ def _tail_text(result: dict[str, Any]) -> str:
     return head + "\n\n" + table(["at s", "ms", "what happened in it"], lines)
 
 
+def _overload_text(result: dict[str, Any]) -> str:
+    both = result.get("overload")
+    if not both:
+        return ""
+    lines = [
+        [
+            what, f"{row['in_flight']:,}", f"{row['done_per_second']:,.0f}",
+            ", ".join(f"{outcome} {count:,}" for outcome, count in sorted(row["outcomes"].items())),
+            f"{row['rss_max_bytes'] / 2**20:,.0f}",
+        ]
+        for what, row in (("peak", both["peak"]), ("overload", both["overload"]))
+    ]  # fmt: skip
+    head = (
+        f"{both['overload']['offered_per_second'] / both['peak']['done_per_second']:.1f} × the peak was offered, "
+        f"{both['part_of_peak']:.2f} × the peak was done; "
+        f"groups that had an election: {both['elections']}."
+    )
+    return head + "\n\n" + table(["", "under way", "done per second", "outcomes", "largest process MiB"], lines)
+
+
 SECTIONS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("Goals", _goals_text),
     ("Commands and queries", _rows_text),
     ("Idle groups", _idle_text),
     ("Life cycle", _life_cycle_text),
     ("Tail", _tail_text),
+    ("Overload", _overload_text),
 ]
 
 
