@@ -59,7 +59,8 @@ SWEEP_MEMBERS_MAX = 200
 RECONCILE_RETRY_US = 300_000
 DRAIN_RETRY_US = 1_000_000
 """How often a worker without room on its disk tries again to hand its leaderships over."""
-RECONCILE_PER_ROUND = 64
+RECONCILE_PER_ROUND = 16
+"""Groups looked at in one turn of the loop: commands that came meanwhile wait for it, about half a millisecond."""
 MESSAGE_BYTES_MAX = 4 << 20
 """Requests or answers of one message: a frame holds several messages, and is cut between them where it is too large."""
 
