@@ -25,8 +25,8 @@ class Counter(SyncObj):  # type: ignore[misc]
     """The replicated value."""
 
     def __init__(self, address: str, others: list[str]) -> None:
-        self.conf = SyncObjConf(autoTick=False, appendEntriesPeriod=TICK_S, commandsQueueSize=1 << 20)
-        super().__init__(address, others, self.conf)
+        conf = SyncObjConf(autoTick=False, appendEntriesPeriod=TICK_S, commandsQueueSize=1 << 20)
+        super().__init__(address, others, conf)
         self.value = 0
 
     @replicated  # type: ignore[untyped-decorator]
