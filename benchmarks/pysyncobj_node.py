@@ -25,7 +25,10 @@ class Counter(SyncObj):  # type: ignore[misc]
     """The replicated value."""
 
     def __init__(self, address: str, others: list[str]) -> None:
-        conf = SyncObjConf(autoTick=False, appendEntriesPeriod=TICK_S, commandsQueueSize=1 << 20)
+        # Without batches at first: the notifier that single commands need is made only then.
+        conf = SyncObjConf(
+            autoTick=False, appendEntriesUseBatch=False, appendEntriesPeriod=TICK_S, commandsQueueSize=1 << 20
+        )
         super().__init__(address, others, conf)
         self.value = 0
 
