@@ -79,12 +79,17 @@ def _descriptors() -> set[str]:
 
 
 def _segments(processes: dict[int, str]) -> set[str]:
-    """Leader tables whose node is dead, or is one of ours. Those of other living nodes are none of our business."""
+    """Leader tables whose node is dead, or is one of ours. Those of other living nodes are none of our business.
+
+    With ``RAFTFLEET_TEST_NEIGHBOURS`` set, other test runs kill their nodes on this machine: the dead are theirs then.
+    """
     found = set()
+    has_neighbours = bool(os.environ.get("RAFTFLEET_TEST_NEIGHBOURS"))
     for path in SHM.glob("raftfleet-*"):
         header = _read(path)[: SUPERVISOR_PID_OFFSET + 8]
         pid = int.from_bytes(header[SUPERVISOR_PID_OFFSET:], "little")
-        if pid in processes or pid == os.getpid() or not Path(f"/proc/{pid}").exists():
+        is_dead = not has_neighbours and not Path(f"/proc/{pid}").exists()
+        if pid in processes or pid == os.getpid() or is_dead:
             found.add(f"shared memory {path}")
     return found
 
