@@ -62,6 +62,7 @@ from raftfleet.core.messages import (
     Lost,
     Snapshot,
 )
+from raftfleet.core.progress import CHUNK_BYTES
 
 if TYPE_CHECKING:
     import random
@@ -78,9 +79,11 @@ class ShardSettings:
 
     Attributes:
         beat_interval_us: one beat per linked shard each so many microseconds.
+        chunk_bytes: a snapshot travels in pieces of this size.
     """
 
     beat_interval_us: int = 200_000
+    chunk_bytes: int = CHUNK_BYTES
 
 
 class Tombstone(NamedTuple):

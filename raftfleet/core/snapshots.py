@@ -22,7 +22,7 @@ from raftfleet.core import apply, roles
 from raftfleet.core.failures import describe
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import APPEND_ANSWER, SNAPSHOT, SNAPSHOT_ANSWER, AppendAnswer, Snapshot, SnapshotAnswer
-from raftfleet.core.progress import CHUNK_BYTES, CHUNKS_IN_FLIGHT_MAX, Transfer
+from raftfleet.core.progress import CHUNKS_IN_FLIGHT_MAX, Transfer
 from raftfleet.core.restoring import Restoring
 from raftfleet.core.sessions import Sessions
 
@@ -74,8 +74,9 @@ def send_chunks(member: Member, peer: int, progress: Progress) -> None:
     assert transfer is not None
     stamp = member.shard.stamp
     total = len(transfer.data)
-    while transfer.sent < total and transfer.sent - transfer.acked < CHUNKS_IN_FLIGHT_MAX * CHUNK_BYTES:
-        data = transfer.data[transfer.sent : transfer.sent + CHUNK_BYTES]
+    chunk_bytes = member.shard.settings.chunk_bytes
+    while transfer.sent < total and transfer.sent - transfer.acked < CHUNKS_IN_FLIGHT_MAX * chunk_bytes:
+        data = transfer.data[transfer.sent : transfer.sent + chunk_bytes]
         member.shard.send(
             peer,
             Snapshot(

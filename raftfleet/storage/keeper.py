@@ -182,6 +182,8 @@ class Keeper:
                 self._has_more_work = store.work()
             finally:
                 self.watch(False)
+            if store.state is DiskState.FULL:
+                self._retry_us = now_us + FULL_RETRY_US
         for problem in store.problems:
             self._note("warning", problem)
         store.problems.clear()
@@ -215,7 +217,7 @@ class Keeper:
             deadline_us = min(deadline_us, self._retry_us)
         if not self._is_marked:
             deadline_us = min(deadline_us, self._changed_us + MARK_AFTER_US)
-        return self.now_us if self._has_more_work else deadline_us
+        return self.now_us if self._has_more_work and self.store.state is not DiskState.FULL else deadline_us
 
     def _say_state(self, state: DiskState) -> None:
         self._state = state

@@ -6,6 +6,8 @@ than it is decided).
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgpack
 import pytest
 from core.harness import (
@@ -325,9 +327,10 @@ def test_rule_04_chunks_of_two_leaders_are_not_mixed() -> None:
     assert lone.member.state == ["b" * 50]
 
 
-def test_rule_04_a_lost_chunk_is_sent_again_and_order_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raftfleet.core.snapshots.CHUNK_BYTES", 200)
+def test_rule_04_a_lost_chunk_is_sent_again_and_order_does_not_matter() -> None:
     cluster = Cluster(4, voters=(1, 2, 3), log_entries_kept=2)
+    for shard in cluster.shards.values():
+        shard.settings = dataclasses.replace(shard.settings, chunk_bytes=200)
     cluster.settle()
     for number in range(30):
         cluster.command("x" * 90 + str(number))
