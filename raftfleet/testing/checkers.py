@@ -98,12 +98,14 @@ class ClusterChecker:
             table = self._tables[uid] = _GroupTable()
         term, commit = member.term, member.commit
         if term < mirror.term:
-            raise Violation(f"group {uid} at {instance}: term went back from {_term(mirror.term)} to {_term(term)}")
+            raise Violation(
+                f"monotony: group {uid} at {instance}: term went back from {_term(mirror.term)} to {_term(term)}"
+            )
         if commit < mirror.commit:
-            raise Violation(f"group {uid} at {instance}: commit went back from {mirror.commit} to {commit}")
+            raise Violation(f"monotony: group {uid} at {instance}: commit went back from {mirror.commit} to {commit}")
         if not member.applied <= commit <= member.last_index:
             raise Violation(
-                f"group {uid} at {instance}: applied {member.applied} <= commit {commit} <="
+                f"monotony: group {uid} at {instance}: applied {member.applied} <= commit {commit} <="
                 f" last {member.last_index} does not hold"
             )
         mirror.term = term
@@ -129,7 +131,7 @@ class ClusterChecker:
             entry = log.entry(index)
             before = log.term_at(index - 1)
             if entry.term != term or term < before:
-                raise Violation(f"group {uid} at {instance}: terms fall along the log at {index}")
+                raise Violation(f"log matching: group {uid} at {instance}: terms fall along the log at {index}")
             earlier = seen.get((index, term))
             if earlier is None:
                 seen[(index, term)] = (before, entry)
@@ -173,10 +175,16 @@ class ClusterChecker:
         self.config_count += 1
         if table.configs and not membership.is_forced_at(index) and None not in table.committed[table.configs[-1][0] :]:
             before = table.configs[-1][1]
-            changed = set(before.voters) ^ set(membership.voters)
-            if len(changed) > 1:
+            if len(set(before.voters) ^ set(membership.voters)) > 1:
                 raise Violation(
-                    f"group {uid} index {index}: voters changed from {before.voters} to {membership.voters} at once"
+                    f"configuration: group {uid} index {index}: voters changed from {before.voters} to"
+                    f" {membership.voters} at once"
+                )
+            both = {*before.voters, *membership.voters}
+            if before.quorum + membership.quorum <= len(both):
+                raise Violation(
+                    f"configuration: group {uid} index {index}: quorums of {membership.voters} need not overlap those"
+                    f" of {before.voters}"
                 )
         table.configs.append((index, membership))
 
@@ -218,7 +226,7 @@ class ClusterChecker:
             rows = [
                 (i, m.role, _term(m.term), m.last_index, m.commit, m.applied, m.voters, m.learners) for i, m in members
             ]
-            raise Violation(f"group {uid}: members differ in peace: {rows}")
+            raise Violation(f"peace: group {uid}: members differ in peace: {rows}")
 
 
 def _term(term: int) -> str:
@@ -249,6 +257,12 @@ class HistoryChecker:
             self._refused[uid] = []
         return self.records[uid]
 
+    def raise_found(self) -> None:
+        """Raise what a state machine noticed: the core takes what a machine raises for a command's result."""
+        for record in self.records.values():
+            if record.found is not None:
+                raise record.found
+
     def called(self, uid: int) -> int:
         """An operation begins; returns its floor."""
         return self._answered_version[uid]
@@ -259,8 +273,8 @@ class HistoryChecker:
         record.answered(version, chain)
         if record.operation_at[version] != operation:
             raise Violation(
-                f"group {uid} operation {operation} was answered with version {version}, which is operation"
-                f" {record.operation_at[version]}"
+                f"exactly-once: group {uid} operation {operation} was answered with version {version}, which is"
+                f" operation {record.operation_at[version]}"
             )
         if version <= floor:
             raise Violation(
@@ -295,7 +309,9 @@ class HistoryChecker:
         for uid, operations in self._refused.items():
             for operation in operations:
                 if operation in self.records[uid].version_of:
-                    raise Violation(f"group {uid} operation {operation} was refused as not applied, and took effect")
+                    raise Violation(
+                        f"refusal: group {uid} operation {operation} was refused as not applied, and took effect"
+                    )
 
     def acknowledged_count(self) -> int:
         """Commands acknowledged, over all groups."""

@@ -23,7 +23,8 @@ OK = 0
 COMMAND_FAILED = 1
 QUERY_FAILED = 2
 GROUP_GONE = 92
-NOT_APPLIED_CODES = (10, 11, 12, 18, 20, GROUP_GONE)
+DISK_FULL = 21
+NOT_APPLIED_CODES = (10, 11, 12, 18, 20, DISK_FULL, GROUP_GONE)
 OUTCOME_UNKNOWN = 30
 SESSION_EXPIRED = 31
 NOT_LEADER = 90
@@ -94,7 +95,7 @@ class SimClient:
         self._simulation = simulation
         self._rng = rng
         self.client_id = rng.getrandbits(128).to_bytes(16, "big")
-        self.think_us_max = rng.choice((200_000, 800_000, 3_000_000))
+        self.think_us_max: int = rng.choice(simulation.options.think_us)
         self._next_seq: dict[int, int] = {}
         self._unanswered: dict[int, dict[int, None]] = {}
         self._place_of: dict[int, int] = {}
@@ -124,15 +125,18 @@ class SimClient:
         rng = self._rng
         chance = rng.random()
         key = int(rng.random() * KEYS_PER_GROUP)
-        if chance < 0.30:
+        query_share = self._simulation.options.query_share
+        if chance < query_share:
             self.query(uid, key, is_stale=False)
-        elif chance < 0.35:
+            return
+        chance = (chance - query_share) / (1 - query_share)
+        if chance < 0.07:
             self.query(uid, key, is_stale=True)
-        elif chance < 0.75:
+        elif chance < 0.64:
             self.command(uid, "add", key, 1 + int(rng.random() * 9))
-        elif chance < 0.87:
+        elif chance < 0.81:
             self.command(uid, "set", key, int(rng.random() * 100))
-        elif chance < 0.98:
+        elif chance < 0.97:
             self.command(uid, "cas", key, [int(rng.random() * 20), int(rng.random() * 100)])
         else:
             self.command(uid, "fail", key, 0)
@@ -252,6 +256,8 @@ class SimClient:
         simulation = self._simulation
         call.is_done = True
         call.outcome = outcome
+        if simulation.tells_clients:
+            simulation.tell(f"a client's {call.input} on key {call.key} of group {call.uid} ends: {outcome}")
         simulation.count(("command " if call.is_command else "stale query " if call.is_stale else "query ") + outcome)
         if call.is_command:
             self._unanswered.get(call.uid, {}).pop(call.seq, None)

@@ -19,13 +19,15 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core.context import CommandContext
 from raftfleet.machine import StateMachine
 
 
 class Violation(BaseException):
     """A promise of the design was seen broken.
 
-    Not an ``Exception``: the core turns what a state machine raises into a result, and would swallow it.
+    Not an ``Exception``, so that no handler for what may go wrong takes it. Still the core turns all that a state
+    machine raises into a result: what is noticed in there is kept in :attr:`GroupRecord.found` too.
     """
 
 
@@ -48,6 +50,7 @@ class GroupRecord:
         chains: ``chains[v]`` = the chain after version v.
         operation_at: ``operation_at[v]`` = id of the operation that made version v (0 for version 0).
         applied_count: commands applied, over all members.
+        found: the first violation that was noticed within a state machine.
     """
 
     def __init__(self, uid: int) -> None:
@@ -56,21 +59,30 @@ class GroupRecord:
         self.operation_at = [0]
         self.version_of: dict[int, int] = {}
         self.applied_count = 0
+        self.found: Violation | None = None
+
+    def violated(self, told: str) -> Violation:
+        """A violation to be raised, and remembered."""
+        violation = Violation(told)
+        self.found = self.found or violation
+        return violation
 
     def applied(self, operation: int, version: int, chain: int) -> None:
         """A member's state went to ``version``."""
         self.applied_count += 1
         if version < len(self.chains):
             if self.chains[version] != chain or self.operation_at[version] != operation:
-                raise Violation(
+                raise self.violated(
                     f"state machine safety: group {self.uid} version {version} is operation"
                     f" {self.operation_at[version]} on one member and {operation} on another"
                 )
             return
         if version != len(self.chains):
-            raise Violation(f"group {self.uid}: version {version} applied before {len(self.chains)}")
+            raise self.violated(
+                f"state machine safety: group {self.uid}: version {version} applied before {len(self.chains)}"
+            )
         if operation in self.version_of:
-            raise Violation(
+            raise self.violated(
                 f"exactly-once: group {self.uid} operation {operation} took effect at version"
                 f" {self.version_of[operation]} and again at {version}"
             )
@@ -81,7 +93,7 @@ class GroupRecord:
     def answered(self, version: int, chain: int) -> None:
         """An answer spoke of this state: it must be one that exists."""
         if not 0 <= version < len(self.chains) or self.chains[version] != chain:
-            raise Violation(f"group {self.uid}: an answer from a state that never was (version {version})")
+            raise self.violated(f"answers: group {self.uid}: an answer from a state that never was (version {version})")
 
     def forget_after(self, version: int) -> None:
         """A repair of a lost majority gave up what came after ``version``: the one case in which it may be lost."""
@@ -96,6 +108,7 @@ class RegistersMachine(StateMachine):
 
     def __init__(self, record: GroupRecord) -> None:
         self.record = record
+        self.context = CommandContext(record.uid)
 
     def new(self) -> ModelState:
         """All registers are 0."""
@@ -107,7 +120,9 @@ class RegistersMachine(StateMachine):
         if kind == "fail":
             raise ValueError(f"operation {operation} was told to fail")
         if operation in state.seen:
-            raise Violation(f"exactly-once: group {self.record.uid} operation {operation} reached the state twice")
+            raise self.record.violated(
+                f"exactly-once: group {self.record.uid} operation {operation} reached the state twice"
+            )
         registers = state.registers
         old = registers.get(key, 0)
         if kind == "add":
@@ -121,7 +136,9 @@ class RegistersMachine(StateMachine):
             if result:
                 registers[key] = value[1]
         state.version += 1
-        state.chain = (state.chain * 1_000_003 + operation * 31 + registers.get(key, 0)) & 0xFFFF_FFFF_FFFF
+        # The entry's time is part of the state: a replica that takes its own clock instead is noticed (DESIGN 5.16).
+        told = operation * 31 + registers.get(key, 0) + self.context.time_us * 7
+        state.chain = (state.chain * 1_000_003 + told) & 0xFFFF_FFFF_FFFF
         state.seen[operation] = state.version
         self.record.applied(operation, state.version, state.chain)
         return [state.version, state.chain, result], state
@@ -138,7 +155,7 @@ class RegistersMachine(StateMachine):
     def load(self, data: bytes) -> ModelState:
         """The inverse; a snapshot that was put together wrongly is a violation, not a state."""
         if zlib.crc32(data[4:]).to_bytes(4, "big") != data[:4]:
-            raise Violation(f"group {self.record.uid}: a snapshot arrived damaged")
+            raise self.record.violated(f"snapshots: group {self.record.uid}: a snapshot arrived damaged")
         version, chain, registers, seen = msgpack.unpackb(data[4:])
         self.record.answered(version, chain)
         state = ModelState()

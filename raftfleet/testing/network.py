@@ -59,9 +59,10 @@ NO_FAULTS = NetworkFaults()
 class _Path:
     """One direction between two places."""
 
-    __slots__ = ("delay_us_min", "delay_us_spread", "last_arrival_us", "stalled", "state")
+    __slots__ = ("delay_us_min", "delay_us_spread", "last_arrival_us", "random", "stalled", "state")
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed).random  # its own: what happens on one path changes nothing on others
         self.state = OPEN
         self.delay_us_min = MILLISECOND_US // 2
         self.delay_us_spread = MILLISECOND_US
@@ -85,9 +86,8 @@ class SimNetwork:
         self.counts = {"sent": 0, "lost": 0, "cut": 0, "duplicated": 0, "reordered": 0, "held": 0, "stalled": 0}
         self.place_count = place_count
         self._queue = queue
-        self._random = rng.random
         self._deliver = deliver
-        self._paths = [[_Path() for _ in range(place_count)] for _ in range(place_count)]
+        self._paths = [[_Path(rng.getrandbits(64)) for _ in range(place_count)] for _ in range(place_count)]
 
     def send(self, from_place: int, to_place: int, from_instance: int, to_instance: int, frame: Frame) -> None:
         """Take a frame; whether and when it arrives is up to the faults."""
@@ -97,7 +97,7 @@ class SimNetwork:
         if path.state != OPEN:
             self._refuse(path, from_instance, to_instance, frame)
             return
-        draw = self._random
+        draw = path.random
         arrival_us = self._queue.now_us + path.delay_us_min + int(draw() * path.delay_us_spread)
         faults = self.faults
         if faults is not NO_FAULTS:
@@ -135,13 +135,13 @@ class SimNetwork:
         if chance < faults.duplicate:
             counts["duplicated"] += 1
             queue.at(arrival_us, self._arrive, path, to_place, from_instance, to_instance, frame)
-            arrival_us += int(self._random() * 300 * MILLISECOND_US)
+            arrival_us += int(path.random() * 300 * MILLISECOND_US)
         elif chance < faults.duplicate + faults.reorder:
             counts["reordered"] += 1
-            arrival_us += int(self._random() * 30 * MILLISECOND_US)
+            arrival_us += int(path.random() * 30 * MILLISECOND_US)
         else:
             counts["held"] += 1
-            arrival_us += int(self._random() * faults.hold_us_max)
+            arrival_us += int(path.random() * faults.hold_us_max)
         queue.at(arrival_us, self._arrive, path, to_place, from_instance, to_instance, frame)
 
     def _arrive(self, path: _Path, to_place: int, from_instance: int, to_instance: int, frame: Frame) -> None:
@@ -166,6 +166,15 @@ class SimNetwork:
         """Whether both directions between two places are open."""
         return self._paths[a][b].state == OPEN and self._paths[b][a].state == OPEN
 
+    def set_faults(self, faults: NetworkFaults | None) -> None:
+        """What may happen to a frame from now on; None: nothing."""
+        self.faults = NO_FAULTS if faults is None else faults
+
+    def reset_delays(self) -> None:
+        """Quick paths everywhere."""
+        for a, b in self.pairs():
+            self.set_delay(a, b, MILLISECOND_US // 2, 3 * MILLISECOND_US // 2)
+
     def set_delay(self, from_place: int, to_place: int, delay_us_min: int, delay_us_max: int) -> None:
         """Frames of one direction take this long."""
         path = self._paths[from_place][to_place]
@@ -178,7 +187,7 @@ class SimNetwork:
 
     def heal(self) -> None:
         """No faults, no cuts, quick paths."""
-        self.faults = NO_FAULTS
+        self.set_faults(None)
+        self.reset_delays()
         for a, b in self.pairs():
-            self.set_delay(a, b, MILLISECOND_US // 2, 3 * MILLISECOND_US // 2)
             self.mend(a, b)

@@ -55,8 +55,9 @@ class SimShard:
         settings: ShardSettings,
         clock: DriftingClock,
         wall_offset_us: int = 0,
+        core: Shard | None = None,
     ) -> None:
-        self.core = Shard(instance, rng, settings)
+        self.core = core or Shard(instance, rng, settings)
         self.place = place
         self.instance = instance
         self.clock = clock
@@ -69,6 +70,7 @@ class SimShard:
         self._work: list[Callable[[Shard], None]] = []
         self._wake_us = -1
         self._is_mid_turn = False
+        self._stops_in_turn = False
 
     def receive(self, from_instance: int, frame: Any) -> None:
         """A frame has come."""
@@ -91,6 +93,9 @@ class SimShard:
         core = self.core
         true_us = self._queue.now_us
         local_us = self.clock.local_us(true_us)
+        if self._stops_in_turn:
+            self._stops_in_turn = False
+            self.is_paused = True
         core.begin(local_us, WALL_EPOCH_US + true_us + self.wall_offset_us)
         frames, self._frames = self._frames, []
         for from_instance, frame in frames:
@@ -102,35 +107,46 @@ class SimShard:
         if core.next_deadline_us() <= local_us:
             core.tick()
         if self.is_paused:
-            # Stopped in the middle: what was read from the state is not handed out, what was decided is not sent.
-            core.flush()
-            core.apply()
+            self._stop_within_turn()
             self._is_mid_turn = True
         else:
-            self._emit(core.finish())
-        self._owner.shard_stepped(self)
-        self._schedule()
+            self._finish()
+        if not self.is_dead:
+            self._owner.shard_stepped(self)
+            self._schedule()
+
+    def _stop_within_turn(self) -> None:
+        """What was read from the state is not handed out, what was decided is not sent."""
+        self.core.flush()
+        self.core.apply()
+
+    def _finish(self) -> None:
+        """The part of a turn that speaks to others."""
+        self._emit(self.core.finish())
 
     def pause(self, within_turn: bool) -> None:
         """Stop, between two turns or, ``within_turn``, after the state was read and before anything leaves."""
         assert not self.is_dead
         if self.is_paused:
             return
-        self.is_paused = True
         if within_turn:
-            self.turn()
+            self._stops_in_turn = True  # in the next one, after whatever brings it about was taken
+        else:
+            self.is_paused = True
 
     def resume(self) -> None:
         """Go on: first what was held back, then everything that has come meanwhile, in one turn."""
+        self._stops_in_turn = False
         if self.is_dead or not self.is_paused:
             return
         self.is_paused = False
         if self._is_mid_turn:
             self._is_mid_turn = False
             self.core.settle(self.clock.local_us(self._queue.now_us))
-            self._emit(self.core.finish())
+            self._finish()
         self._wake_us = -1
-        self.turn()
+        if not self.is_dead:
+            self.turn()
 
     def kill(self) -> None:
         """Gone, with all it knew."""
@@ -147,9 +163,13 @@ class SimShard:
         for event in effects.events:
             owner.shard_event(self, event)
 
+    def _next_deadline_us(self) -> int:
+        """By its own clock."""
+        return self.core.next_deadline_us()
+
     def _schedule(self) -> None:
         """Be woken at the next deadline; an earlier wake that is already under way will look again."""
-        due_us = self.clock.true_us(self.core.next_deadline_us())
+        due_us = self.clock.true_us(self._next_deadline_us())
         now_us = self._queue.now_us
         if due_us <= now_us:
             due_us = now_us + 1
@@ -162,7 +182,7 @@ class SimShard:
         if self.is_dead or self.is_paused or due_us != self._wake_us:
             return
         self._wake_us = -1
-        if self.clock.local_us(due_us) >= self.core.next_deadline_us():
+        if self.clock.local_us(due_us) >= self._next_deadline_us():
             self.turn()
         else:
             self._schedule()

@@ -1,6 +1,7 @@
 """``python -m raftfleet.testing.simulate``: play simulations by seed, one or very many, on all cores.
 
-A failure prints its seed and the command that repeats it. Results go to stdout, progress to stderr.
+A failure prints its seed and the command that repeats it; ``--shrink`` cuts its schedule of faults to a short one and
+tells that as a transcript. Results go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -9,21 +10,29 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from raftfleet.testing.profiles import PROFILES, SimulationOptions
+from raftfleet.testing.schedule import Fault, draw_schedule
+from raftfleet.testing.shrink import NothingFails, shrink, transcript
 from raftfleet.testing.simulation import Simulation, SimulationFailure, Summary
 
+Play = Callable[[int], "Summary | str"]
 
-def run_seed(seed: int) -> Summary | str:
+
+def run_seed(seed: int, options: SimulationOptions | None = None, schedule: list[Fault] | None = None) -> Summary | str:
     """Play one seed; the report if it fails."""
     try:
-        return Simulation(seed).run()
+        return Simulation(seed, options, schedule).run()
     except SimulationFailure as failure:
         return str(failure)
 
 
-def run_seeds(seeds: Iterable[int], processes: int) -> Iterator[tuple[int, Summary | str]]:
+def run_seeds(seeds: Iterable[int], processes: int, play: Play = run_seed) -> Iterator[tuple[int, Summary | str]]:
     """Play many, in as many processes; yields ``(seed, summary or report)`` as they end."""
     waiting = iter(seeds)
     with ProcessPoolExecutor(processes) as pool:
@@ -35,7 +44,7 @@ def run_seeds(seeds: Iterable[int], processes: int) -> Iterator[tuple[int, Summa
                 if seed is None:
                     exhausted = True
                 else:
-                    running[pool.submit(run_seed, seed)] = seed
+                    running[pool.submit(play, seed)] = seed
             if running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -53,15 +62,27 @@ def _seeds(first: int, last: int | None, minutes: float | None) -> Iterator[int]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """The command; returns its exit code: 1 if a seed failed."""
     parser = argparse.ArgumentParser(prog="python -m raftfleet.testing.simulate", description=__doc__)
     parser.add_argument("--seed", type=int, help="play this one and print what happened")
+    parser.add_argument("--profile", choices=sorted(PROFILES), help="the kind of trouble (default: as the seed draws)")
+    parser.add_argument("--faults", metavar="N,N,…", help="with --seed: only these numbers of its schedule, or none")
+    parser.add_argument("--shrink", action="store_true", help="with --seed: cut a failing schedule short, and tell it")
     parser.add_argument("--seeds", metavar="A-B", help="play these (default 1-1000)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; without --seeds go on until then")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
+    profile = PROFILES[options.profile] if options.profile else None
     if options.seed is not None:
-        return _one(options.seed)
+        if options.shrink:
+            return _shrink(options.seed, profile)
+        try:
+            wanted = _numbers(options.faults)
+        except ValueError:
+            parser.error(f"--faults is numbers such as 3,17,20, or none, not {options.faults!r}")
+        return _one(options.seed, profile, wanted)
+    if options.shrink or options.faults:
+        parser.error("--shrink and --faults need --seed")
     first, last = 1, (None if options.minutes is not None else 1000)
     if options.seeds:
         first_text, _, last_text = options.seeds.partition("-")
@@ -69,52 +90,101 @@ def main(arguments: list[str] | None = None) -> int:
             first, last = int(first_text), int(last_text or first_text)
         except ValueError:
             parser.error(f"--seeds is two numbers such as 1-1000, not {options.seeds!r}")
-    return _many(first, last, options.minutes, options.processes)
+    return _many(first, last, options.minutes, options.processes, profile)
 
 
-def _one(seed: int) -> int:
-    result = run_seed(seed)
+def _numbers(text: str | None) -> set[int] | None:
+    if text is None:
+        return None
+    return set() if text == "none" else {int(number) for number in text.split(",")}
+
+
+def _one(seed: int, options: SimulationOptions | None, wanted: set[int] | None) -> int:
+    schedule = None
+    if wanted is not None:
+        drawn = draw_schedule(seed, Simulation(seed, options, []).options)
+        schedule = [fault for fault in drawn if fault.number in wanted]
+    result = run_seed(seed, options, schedule)
     if isinstance(result, str):
         print(result)
         return 1
     for name, count in result.counts.items():
         print(f"{count:10} {name}")
-    print(f"seed {seed}: {result.virtual_us / 1e6:.1f} virtual seconds, trace {result.trace:012x}")
+    print(
+        f"seed {seed}: {result.virtual_us / 1e6:.1f} virtual seconds, {result.counts['steps']} steps,"
+        f" state {result.trace:012x}"
+    )
     return 0
 
 
-def _many(first: int, last: int | None, minutes: float | None, processes: int) -> int:
+def _shrink(seed: int, options: SimulationOptions | None) -> int:
+    console = Console(stderr=True)
+    with console.status(f"seed {seed}: playing it") as status:
+
+        def tell(tries: int, faults: int) -> None:
+            status.update(f"seed {seed}: {faults} faults left after {tries} tries")
+
+        try:
+            shrunk = shrink(seed, options, tell=tell)
+        except NothingFails as error:
+            print(error)
+            return 0
+    print(transcript(shrunk))
+    return 1
+
+
+class _Profiled:
+    """Plays seeds under one profile; a class, since a process pool must be able to send it."""
+
+    def __init__(self, options: SimulationOptions | None) -> None:
+        self.options = options
+
+    def __call__(self, seed: int) -> Summary | str:
+        return run_seed(seed, self.options)
+
+
+def _many(
+    first: int, last: int | None, minutes: float | None, processes: int, options: SimulationOptions | None
+) -> int:
     start = time.monotonic()
     counts: dict[str, int] = {}
     seed_count = virtual_us = 0
     failures: list[tuple[int, str]] = []
-    told = start
-    for seed, result in run_seeds(_seeds(first, last, minutes), processes):
-        seed_count += 1
-        if isinstance(result, str):
-            failures.append((seed, result))
-            print(result, flush=True)
-        else:
-            virtual_us += result.virtual_us
-            for name, count in result.counts.items():
-                counts[name] = counts.get(name, 0) + count
-        now = time.monotonic()
-        if now - told > 5:
-            told = now
-            print(
-                f"{seed_count} seeds, {virtual_us / 3.6e9:.1f} virtual hours, {len(failures)} failures,"
-                f" {seed_count / (now - start):.1f} seeds/s",
-                file=sys.stderr,
-                flush=True,
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        total = minutes * 60 if minutes is not None else float((last or first) - first + 1)
+        task = progress.add_task("simulating", total=total)
+        for seed, result in run_seeds(_seeds(first, last, minutes), processes, _Profiled(options)):
+            seed_count += 1
+            if isinstance(result, str):
+                failures.append((seed, result))
+                print(result, flush=True)
+            else:
+                virtual_us += result.virtual_us
+                for name, count in result.counts.items():
+                    counts[name] = counts.get(name, 0) + count
+            elapsed_s = time.monotonic() - start
+            progress.update(
+                task,
+                completed=elapsed_s if minutes is not None else seed_count,
+                description=f"{seed_count} seeds, {virtual_us / 3.6e9:.1f} virtual hours, {len(failures)} failures,"
+                f" {seed_count / max(elapsed_s, 0.001):.1f} seeds/s",
             )
-    elapsed_s = time.monotonic() - start
+    _tell(counts, seed_count, virtual_us, time.monotonic() - start, failures)
+    return 1 if failures else 0
+
+
+def _tell(
+    counts: dict[str, int], seed_count: int, virtual_us: int, elapsed_s: float, failures: list[tuple[int, str]]
+) -> None:
     for name, count in sorted(counts.items()):
         print(f"{count:12} {name}")
+    hours = virtual_us / 3.6e9
     rate = virtual_us / 1e6 / elapsed_s if elapsed_s else 0.0
-    print(f"{seed_count} seeds, {virtual_us / 3.6e9:.2f} virtual hours in {elapsed_s:.0f} s ({rate:.0f} per real one)")
+    print(f"{seed_count} seeds, {hours:.2f} virtual hours in {elapsed_s:.0f} s ({rate:.0f} virtual hours per real one)")
     if failures:
         print(f"{len(failures)} failed: {', '.join(str(seed) for seed, _ in sorted(failures)[:50])}")
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":

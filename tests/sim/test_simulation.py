@@ -1,30 +1,29 @@
-"""A thousand seeds of simulated clusters under faults; and the simulation itself: it repeats, and it notices."""
+"""Two thousand seeds of simulated clusters under faults; and the simulation itself: it repeats, and it can fail."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from raftfleet.core import own_log
-from raftfleet.core.member import Member
-from raftfleet.core.messages import Append
-from raftfleet.core.sessions import Session, Sessions
+import raftfleet
 from raftfleet.testing import simulate
+from raftfleet.testing.profiles import PROFILES, options_of
+from raftfleet.testing.schedule import draw_schedule
 from raftfleet.testing.simulation import Simulation, SimulationFailure, SimulationOptions
 
-SEED_COUNT = int(os.environ.get("RAFTFLEET_TEST_SEEDS", "1000"))
+SEED_COUNT = int(os.environ.get("RAFTFLEET_TEST_SEEDS", "2000"))
 KEPT_SEEDS = (
-    48,  # a read on a slow link bred beats without end
-    127,  # a leader fell while removing itself: nobody could lead
-    131,  # a voter slept through the removal of everybody it knew
-    235,  # as 127
-    5187,  # an instance that had forgotten its log voted for a shorter one
-    5366,  # a removed voter asked only those that were removed after it
+    ("durable storms", 7),  # a full disk with nothing to save kept its shard turning without end
 )
+"""Seeds that once failed, under the profile in which they did. (What was found before the dice of a run were split by
+use has tests of its own in tests/core, and mutants that bring it back.)"""
+SHORT = SimulationOptions(fault_us=15_000_000)
 
 
 def _play(seed: int) -> tuple[int, int, str]:
@@ -34,65 +33,123 @@ def _play(seed: int) -> tuple[int, int, str]:
 
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_every_seed_keeps_every_promise_and_serves_after_healing() -> None:
     acknowledged = 0
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for seed, count, failure in pool.map(_play, range(1, SEED_COUNT + 1), chunksize=8):
             assert not failure, f"seed {seed}\n{failure}"
             acknowledged += count
-    assert acknowledged > 300 * SEED_COUNT, "the simulation is to do work, not only to survive"
+    assert acknowledged > 100 * SEED_COUNT, "the simulation is to do work, not only to survive"
 
 
-@pytest.mark.parametrize("seed", KEPT_SEEDS)
-def test_a_seed_that_once_failed_still_passes(seed: int) -> None:
-    _, _, failure = _play(seed)
-    assert not failure, failure
+@pytest.mark.parametrize(("profile", "seed"), KEPT_SEEDS)
+def test_a_seed_that_once_failed_still_passes(profile: str, seed: int) -> None:
+    result = simulate.run_seed(seed, PROFILES[profile])
+    assert not isinstance(result, str), result
 
 
-@pytest.mark.parametrize("seed", range(20_001, 20_011))
+@pytest.mark.parametrize("seed", range(20_001, 20_006))
 def test_a_few_seeds_pass_in_every_run(seed: int) -> None:
     _, acknowledged, failure = _play(seed)
     assert not failure, failure
     assert acknowledged > 0
 
 
-def _trace_in_fresh_interpreter(hash_seed: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "raftfleet.testing.simulate", "--seed", "3"],
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+def test_every_profile_is_drawn_by_some_seed() -> None:
+    assert {options_of(seed).name for seed in range(300)} == set(PROFILES)
+
+
+# -- it repeats -------------------------------------------------------------------------------------------------------
+
+
+def _in_fresh_interpreter(python: str, hash_seed: str, *arguments: str) -> str:
+    """What a seed's run says, on any Python: the packages of this one serve, msgpack without its C part."""
+    import msgpack
+
+    places = [str(Path(raftfleet.__file__).parent.parent), str(Path(msgpack.__file__).parent.parent)]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(places)}
+    if python != sys.executable:
+        environment["MSGPACK_PUREPYTHON"] = "1"
+    done = subprocess.run(
+        [python, "-W", "ignore", "-m", "raftfleet.testing.simulate", *arguments],
+        env=environment,
         capture_output=True,
         text=True,
-        check=True,
-        timeout=120,
-    ).stdout
+        check=False,
+        timeout=250,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout
 
 
-def test_a_seed_plays_the_same_whatever_the_hash_seed() -> None:
-    first = _trace_in_fresh_interpreter("1")
-    assert "trace" in first
-    assert first == _trace_in_fresh_interpreter("4242")
+@pytest.mark.parametrize("profile", ["mixed", "durable"])
+def test_a_seed_plays_the_same_whatever_the_hash_seed(profile: str) -> None:
+    first = _in_fresh_interpreter(sys.executable, "1", "--seed", "3", "--profile", profile)
+    assert "state" in first
+    assert first == _in_fresh_interpreter(sys.executable, "4242", "--seed", "3", "--profile", profile)
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_a_seed_plays_the_same_on_another_python(version: str) -> None:
+    python = shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"there is no Python {version} here")
+    works = subprocess.run([python, "-c", "pass"], capture_output=True, check=False, timeout=60)
+    if works.returncode != 0:
+        pytest.skip(f"Python {version} does not run here")
+    arguments = ("--seed", "3", "--profile", "mixed")
+    assert _in_fresh_interpreter(python, "7", *arguments) == _in_fresh_interpreter(sys.executable, "8", *arguments)
 
 
 def test_a_seed_plays_the_same_twice_in_one_process() -> None:
-    first, second = Simulation(5).run(), Simulation(5).run()
+    first, second = Simulation(5, SHORT).run(), Simulation(5, SHORT).run()
     assert first == second
-    assert first.trace != Simulation(6).run().trace
+    assert first.trace != Simulation(6, SHORT).run().trace
 
 
+def test_a_fault_that_is_left_out_leaves_all_others_as_they_are() -> None:
+    options = PROFILES["changes"]
+    schedule = draw_schedule(9, options)
+    shorter = schedule[:4] + schedule[5:]
+    first, second = Simulation(9, options, schedule), Simulation(9, options, shorter)
+    first.run()
+    second.run()
+    assert second.struck == [fault for fault in first.struck if fault in shorter]
+
+
+# -- it does what it says ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.simulation
 def test_faults_of_every_kind_happen() -> None:
     total: dict[str, int] = {}
-    for seed in range(1, 13):
-        for name, count in Simulation(seed).run().counts.items():
-            total[name] = total.get(name, 0) + count
+    for profile in ("mixed", "unordered", "changes", "durable", "durable storms"):
+        for seed in range(1, 5):
+            for name, count in Simulation(seed, PROFILES[profile]).run().counts.items():
+                total[name] = total.get(name, 0) + count
     for name in (
         "crash",
+        "crash: process",
+        "crash: power",
+        "crash: power, in a call to the disk",
+        "crash: disk error",
+        "crash of all",
+        "disk full",
+        "disk lost",
+        "event disk_full",
+        "event disk_has_room",
+        "restart with members",
         "pause",
         "move",
         "group replaced",
         "transfer",
         "promote",
         "remove_member",
+        "slow links",
+        "cut: halves",
+        "cut: one way",
+        "cut: leader",
         "frames lost",
         "frames duplicated",
         "frames reordered",
@@ -105,17 +162,44 @@ def test_faults_of_every_kind_happen() -> None:
         "stale query ok",
         "linearizability: histories checked",
     ):
-        assert total.get(name, 0) > 0, f"{name} never happened in twelve seeds: {total}"
+        assert total.get(name, 0) > 0, f"{name} never happened in twenty seeds: {total}"
+
+
+@pytest.mark.simulation
+def test_a_stale_read_can_be_seen_where_clocks_run_apart_beyond_the_margin() -> None:
+    """The promise rests on the clocks, and the check can see it broken when they do not keep theirs."""
+    options = SimulationOptions(
+        fault_us=40_000_000,
+        weathers=("cuts",),
+        phase_s=(0.5, 3.0),
+        crash_rate=0.0,
+        move_rate=0.0,
+        lease_share=1.0,
+        drift=1.4,
+        drift_margin=0.0,
+        eagerness=0.9,
+        query_share=0.6,
+        think_us=(20_000, 50_000),
+    )
+    for seed in range(17, 60):  # the seventeenth is the first that sees one
+        try:
+            Simulation(seed, options).run()
+        except SimulationFailure as failure:
+            assert failure.checker in ("stale read", "linearizability"), failure
+            return
+    pytest.fail("no stale read in sixty seeds, though the clocks run apart far beyond what the leases allow for")
 
 
 def test_a_failure_prints_its_seed_and_the_command_that_repeats_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Simulation, "_check_rest", lambda self: 1 / 0)
-    assert simulate.main(["--seed", "7"]) == 1
+    assert simulate.main(["--seed", "2", "--profile", "mixed"]) == 1
     told = capsys.readouterr().out
     assert "ZeroDivisionError" in told
-    assert "python -m raftfleet.testing.simulate --seed 7" in told
+    assert "python -m raftfleet.testing.simulate --seed 2 --profile 'mixed'" in told
+    assert simulate.main(["--seed", "2", "--profile", "mixed"]) == 1
+    assert capsys.readouterr().out == told
 
 
 def test_the_command_counts_what_it_played(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,87 +207,4 @@ def test_the_command_counts_what_it_played(capsys: pytest.CaptureFixture[str]) -
     told = capsys.readouterr().out
     assert "2 seeds" in told
     assert "elections" in told
-
-
-# -- broken on purpose: the simulation must notice --------------------------------------------------------------------
-
-
-def _seeds_that_notice(count: int = 40, options: SimulationOptions | None = None) -> list[str]:
-    """The first line of the failure of each seed that noticed; stops at the first."""
-    for seed in range(1, count + 1):
-        try:
-            Simulation(seed, options).run()
-        except SimulationFailure as failure:
-            return [str(failure).split("\n")[0]]
-    return []
-
-
-def test_a_follower_that_deletes_beyond_the_conflict_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rule 1 broken: every append cuts the log behind it."""
-    original = Member.on_append
-
-    def on_append(self: Member, sender: int, m: Append) -> None:
-        end = m.prev_index + len(m.entries)
-        if m.term >= self.term and self.lead is None and self.commit <= end < self.log.last_index:
-            if end >= self.log.snapshot_index:
-                self.log.truncate_from(end + 1)
-                own_log.forget_memberships(self, end + 1)
-        original(self, sender, m)
-
-    monkeypatch.setattr(Member, "on_append", on_append)
-    assert _seeds_that_notice(120)
-
-
-def test_a_leader_that_answers_reads_without_a_quorum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rule 2 broken: a leader believes itself."""
-    monkeypatch.setattr(Member, "quorum_stamp", lambda self: self.shard.stamp)
-    assert any("stale read" in line for line in _seeds_that_notice())
-
-
-def test_votes_for_shorter_logs_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paper 5.4.1 broken: a candidate always looks up to date."""
-    original = Member.on_vote
-    monkeypatch.setattr(
-        Member, "on_vote", lambda self, sender, m: original(self, sender, m._replace(last_term=1 << 40))
-    )
-    assert _seeds_that_notice()
-
-
-def test_a_vote_that_is_forgotten_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A member gives its vote to whoever asks."""
-    original = Member.on_vote
-
-    def on_vote(self: Member, sender: int, m: object) -> None:
-        self.vote = 0
-        original(self, sender, m)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Member, "on_vote", on_vote)
-    assert any("voted" in line or "election safety" in line for line in _seeds_that_notice(80))
-
-
-def test_sessions_that_forget_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rule of DESIGN 11 broken: a repeated command runs again."""
-    original = Sessions.admit
-
-    def admit(self: Sessions, client_id: bytes, seq: int, *rest: int) -> Session | tuple[int, bytes]:
-        session = self.by_client.get(client_id)
-        if session is not None:
-            session.results.pop(seq, None)
-            session.acked = 0
-        return original(self, client_id, seq, *rest)
-
-    monkeypatch.setattr(Sessions, "admit", admit)
-    assert any("exactly-once" in line for line in _seeds_that_notice())
-
-
-def test_a_lease_longer_than_the_promise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DESIGN 5.10 broken: the leader believes in its lease for three election timeouts."""
-    original = Member.lease_until_us
-
-    def lease_until_us(self: Member) -> int:
-        until_us = original(self)
-        return until_us and until_us + 2 * self.election_timeout_us
-
-    monkeypatch.setattr(Member, "lease_until_us", lease_until_us)
-    monkeypatch.setattr(Member, "check_quorum", lambda self: self.lead is not None)
-    assert any("stale read" in line for line in _seeds_that_notice(110))
+    assert "virtual hours per real one" in told
