@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from raftfleet.testing.mutants_table import Mutant, mutant
 
+_SMALL_APPENDS = ("core.replication:_send_appends", "if size_bytes > APPEND_BYTES_MAX and count:", "if count:")
+"""Not wrong, only awkward: one entry in each append, as if they were large."""
+
 LOG = (
     mutant(
         "append-cuts-beyond-conflict",
@@ -15,11 +18,11 @@ LOG = (
         "every append cuts the log behind it, also a late one",
         (
             "core.own_log:on_append",
-            "    if entries:\n",
+            "    if entries and not",
             "    if max(member.commit, log.snapshot_index) <= end < log.last_index:\n"
             "        log.truncate_from(end + 1)\n"
             "        forget_memberships(member, end + 1)\n"
-            "    if entries:\n",
+            "    if entries and not",
         ),
         profile="unordered",
     ),
@@ -29,10 +32,10 @@ LOG = (
         "a follower acknowledges its own last index",
         (
             "core.own_log:on_append",
-            "        _take_entries(member, prev, entries)\n    _answer_append(member, sender, m, True, end, 0, 0)",
-            "        _take_entries(member, prev, entries)\n"
-            "    _answer_append(member, sender, m, True, log.last_index, 0, 0)",
+            "        return\n    _answer_append(member, sender, m, True, end, 0, 0)",
+            "        return\n    _answer_append(member, sender, m, True, log.last_index, 0, 0)",
         ),
+        _SMALL_APPENDS,
         profile="quarrels",
     ),
     mutant(
@@ -40,6 +43,7 @@ LOG = (
         "5.1",
         "a follower commits what the append did not cover",
         ("core.own_log:on_append", "commit = min(m.commit, end)", "commit = min(m.commit, log.last_index)"),
+        _SMALL_APPENDS,
         profile="quarrels",
     ),
     mutant(
@@ -47,6 +51,7 @@ LOG = (
         "paper 5.4.2",
         "a leader commits an older term's entry by counting",
         ("core.replication:advance_commit", " and member.log.term_at(index) == member.term", ""),
+        _SMALL_APPENDS,
         profile="quarrels",
     ),
     mutant(
@@ -98,7 +103,7 @@ READS = (
         "5.2",
         "a new leader answers reads before an entry of its term is committed",
         ("core.reads:read", "max(member.commit, lead.noop_index)", "member.commit"),
-        ("core.reads:answer_reads", "    if member.commit < lead.noop_index:\n        return bool(reads)\n", ""),
+        ("core.reads:answer_reads", "if member.commit < lead.noop_index or member.is_quarantined:", "if False:"),
         profile="reads",
     ),
     mutant(
@@ -462,8 +467,8 @@ ELECTIONS = (
         "a replica takes its own time when it applies",
         (
             "core.apply:_apply_batch",
-            "time_us, commands = session_rules.unpack_batch(entry.data)\n",
-            "time_us, commands = session_rules.unpack_batch(entry.data)\n    time_us = member.shard.wall_us\n",
+            "    if time_us > member.last_time_us:",
+            "    time_us = member.shard.wall_us\n    if time_us > member.last_time_us:",
         ),
     ),
 )
@@ -473,17 +478,14 @@ SESSIONS = (
         "repeated-command-runs-again",
         "11",
         "a command that was seen before runs again",
-        (
-            "core.sessions:Sessions.admit",
-            "        if stored is not None:\n            return stored\n        if seq <= session.acked or ",
-            "        if ",
-        ),
+        ("core.sessions:Sessions.admit", "if stored is not None:", "if False:"),
+        ("core.sessions:Sessions.admit", "if seq <= session.acked or ", "if "),
     ),
     mutant(
         "results-are-not-remembered",
         "11",
         "a result is forgotten as soon as it was given",
-        ("core.apply:_apply_command", "admitted.results[seq] = outcome", "admitted.results.pop(seq, None)"),
+        ("core.apply:_run", "results[seq] = outcome", "results.pop(seq, None)"),
     ),
     mutant(
         "acknowledged-too-far",

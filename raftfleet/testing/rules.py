@@ -231,9 +231,9 @@ class RuleChecker:
     def _check_match(self, instance: int, member: Any, peer: int, progress: Any) -> None:
         """What a leader believes of a follower of the same term and life must be so."""
         follower = self._member_of(peer, member.uid)
-        if follower is None or follower.term != member.term or follower.life != progress.life:
+        if follower is None or follower.term > member.term or follower.life != progress.life:
             return
-        if not _holds(follower, progress.match, member.log.term_at(progress.match)):
+        if follower.term < member.term or not _holds(follower, progress.match, member.log.term_at(progress.match)):
             raise Violation(
                 f"match: leader {instance} of group {member.uid} believes that {peer} agrees up to {progress.match};"
                 f" its log ends at {follower.last_index}"
