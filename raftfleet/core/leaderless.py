@@ -83,9 +83,10 @@ def timer_due(member: Member) -> None:
 def _ask_whether_removed(member: Member) -> None:
     """A learner that hears no leader asks the voters that it knows: a pre-vote, which changes nothing there.
 
-    Whoever knows that it was removed says Gone; the one sent at its removal may have been lost.
+    Whoever knows that it was removed says Gone; the one sent at its removal may have been lost. One that was removed
+    before it had anything knows no voter, and asks the leader that began it.
     """
     message = Vote(VOTE, member.uid, member.term + 1, True, member.log.last_index, member.log.last_term, False)
-    for peer in member.membership.voters:
-        if peer != member.id:
+    for peer in member.membership.voters or (member.last_leader,):
+        if peer and peer != member.id:
             member.shard.send_saved(peer, message)

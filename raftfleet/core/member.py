@@ -90,6 +90,7 @@ class Member:
         "id",
         "incoming",
         "is_quarantined",
+        "last_leader",
         "last_time_us",
         "lead",
         "leader",
@@ -133,6 +134,7 @@ class Member:
         self.term = 0
         self.vote = 0
         self.leader = 0
+        self.last_leader = 0  # whoever is followed no more; the only one to ask where no voter is known
         self.log = Log()
         self.commit = 0
         self.applied = 0

@@ -58,6 +58,7 @@ def follow(member: Member, term: int, leader: int) -> None:
     member.votes = None
     member.recovery = None
     if leader:
+        member.last_leader = leader
         if not member.vote:
             # The term has its leader. A member that lost its memory of this term (removed, added again) must not
             # give a second vote in it.

@@ -451,6 +451,13 @@ ELECTIONS = (
         profile="changes",
     ),
     mutant(
+        "empty-member-asks-nobody",
+        "5.12",
+        "a member that was removed before it had anything asks nobody whether it was",
+        ("core.leaderless:_ask_whether_removed", "or (member.last_leader,)", "or ()"),
+        profile="changes",
+    ),
+    mutant(
         "silence-is-death",
         "5.15",
         "an instance that was silent for three seconds counts as gone for good",

@@ -428,6 +428,17 @@ def test_rule_07_an_append_of_a_life_that_was_forgotten_is_not_answered() -> Non
     assert answer.accepted and answer.life == 9
 
 
+def test_rule_12_a_member_that_was_removed_before_it_had_anything_asks_the_leader_that_began_it() -> None:
+    """It knows no voter; the Gone that was sent at its removal may have been lost."""
+    lone = Lone(voters=None)
+    lone.receive(2, append(3, (5, 3), [3], life=6))
+    assert not lone.member.voters
+    asked = [to for to, m in lone.pass_time(5) if isinstance(m, Vote) and m.pre]
+    assert asked and set(asked) == {2}
+    lone.receive(2, Gone(9, 1, 3, 8))
+    assert 1 not in lone.shard.members
+
+
 def test_rule_12_a_gone_of_an_earlier_life_removes_nobody() -> None:
     lone = Lone(voters=None)
     lone.receive(2, append(3, (0, 0), [1, 1], life=6))
