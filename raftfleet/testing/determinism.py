@@ -74,10 +74,13 @@ class _Use:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one interpreter tells. ``steps[0]`` is the new state, ``steps[i]`` what command i - 1 left."""
+    """What one interpreter tells. ``steps[0]`` is the new state, ``steps[i]`` what command i - 1 left.
+
+    A step is ``(kind of outcome, packed result, dump, digest where the machine has its own)``.
+    """
 
     variant: _Variant
-    steps: list[tuple[str, bytes, bytes]]
+    steps: list[tuple[str, bytes, bytes, bytes]]
     uses: list[_Use]
     faults: list[str]
 
@@ -209,13 +212,13 @@ def _both(a: _Run, b: _Run, step: int) -> str:
     return "\n".join(f"    {_outcome(run.steps[step])}" for run in (a, b))
 
 
-def _outcome(step: tuple[str, bytes, bytes]) -> str:
-    kind, result, state = step
+def _outcome(step: tuple[str, bytes, bytes, bytes]) -> str:
+    kind, result, state, digest = step
     try:
         told = repr(msgpack.unpackb(result, raw=False, strict_map_key=False))
     except Exception:
         told = repr(result)
-    return f"{kind} {_short(told)}, state {_short(repr(state))}"
+    return f"{kind} {_short(told)}, state {_short(repr(state))}" + (f", digest {digest.hex()[:32]}" if digest else "")
 
 
 def _short(text: str) -> str:

@@ -266,7 +266,7 @@ class Runner:
     """Runs the commands; ``steps`` and ``faults`` are what is told."""
 
     def __init__(self, made: Callable[[], StateMachine], watch: Watch, *, is_restored: bool) -> None:
-        self.steps: list[tuple[str, bytes, bytes]] = []
+        self.steps: list[tuple[str, bytes, bytes, bytes]] = []
         self.faults: list[str] = []
         self._watch = watch
         self._is_restored = is_restored
@@ -301,9 +301,11 @@ class Runner:
     def _keep(self, kind: str, told: bytes) -> None:
         with self._watch.on(self._watch.step):
             dumped = self._machine.dump(self._state)
+            has_digest = type(self._machine).digest is not StateMachine.digest
+            digest = bytes(self._machine.digest(self._state)) if has_digest else b""
             if self._is_restored:
                 self._state = self._machine.load(dumped)
-        self.steps.append((kind, told, bytes(dumped)))
+        self.steps.append((kind, told, bytes(dumped), digest))
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ GROUP = "checked"
 SPEC = "checked:Machine"
 SEEDS = range(1, 21)
 NODES = {"n1": "z1", "n2": "z2", "n3": "z3", "n4": "z1"}
-CONFIG = GroupConfig(SPEC, log_entries_kept=8)
-"""A short log, so that members that were away need a snapshot: ``dump`` and ``load`` are tried too."""
+CONFIG = GroupConfig(SPEC, log_entries_kept=8, divergence_check_entries=20)
+"""A short log, so that members that were away need a snapshot: ``dump`` and ``load`` are tried too; and many checks."""
 
 HEALED_S = 120.0
 SHOWN_MAX = 12
@@ -282,6 +282,11 @@ class _Play:
             self._call(client, is_last=True)
         fleet.run_until(lambda: self._open_count == 0, "an answer after healing", HEALED_S)
         self._check_record()
+        if any(worker.host.counters.get("divergences") for worker in fleet.live_workers()):
+            raise AssertionError(
+                "equal members told each other different digests: does the machine's digest(state) depend on anything"
+                " but the state?"
+            )
 
     # ---------------------------------------------------------------- faults
 

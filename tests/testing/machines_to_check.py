@@ -119,6 +119,13 @@ class Grumpy(Tags):
         raise RuntimeError("not today")
 
 
+class WrongDigest(Tags):
+    """What it gives for a digest is another thing each time."""
+
+    def digest(self, state: set[str]) -> bytes:
+        return random.randbytes(8)
+
+
 class Sleepless(Tags):
     def command(self, state: set[str], arg: Any) -> tuple[Any, set[str]]:
         while True:

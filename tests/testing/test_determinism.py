@@ -61,6 +61,12 @@ def test_a_forbidden_call_is_told_even_where_results_are_equal(machine: Any, cal
     assert f"in command calls {call}: " in refusal(machine, ["a", "b"])
 
 
+def test_a_digest_of_its_own_is_compared_as_well() -> None:
+    told = refusal(machines.WrongDigest, ["a"])
+    assert "the new state came out differently" in told and ", digest " in told
+    assert "in digest calls random.randbytes" in told
+
+
 def test_a_call_that_is_allowed_is_not_told() -> None:
     check_deterministic(machines.QuietClock, ["a", "b"], allow=["time.monotonic"])
 

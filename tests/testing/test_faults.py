@@ -65,6 +65,10 @@ def test_a_snapshot_that_loses_the_state_is_told() -> None:
     assert "differ" in refusal(machines.Forgetful, ["a", "b", "c", "d"])
 
 
+def test_a_digest_that_depends_on_more_than_the_state_is_told() -> None:
+    assert "does the machine's digest(state) depend on anything" in refusal(machines.WrongDigest)
+
+
 def test_answers_from_an_old_state_are_not_linearizable() -> None:
     told = refusal(machines.Memory)
     assert "the answers fit no order of the calls" in told
