@@ -85,7 +85,8 @@ class Keeper:
         self._looked_at_us = 0
         self._changed_us = 0
         self._is_marked = True
-        self._failed_us: dict[int, int] = {}  # uid -> when its state could not be dumped
+        self._failed_us: dict[int, int] = {}  # uid -> when its snapshot, which came to nothing, is tried again
+        self._failed_due_us = NEVER_US
         self._has_more_work = False
         self._state = store.state
 
@@ -173,8 +174,9 @@ class Keeper:
             return
         if now_us >= self._look_us:
             self._look_us = now_us + LOOK_US
-            if self._looked_at_us <= self._changed_us:
+            if self._looked_at_us <= self._changed_us or now_us >= self._failed_due_us:
                 self._looked_at_us = now_us
+                self._failed_due_us = min((us for us in self._failed_us.values() if us > now_us), default=NEVER_US)
                 self._make_snapshots(now_us)
         if store.state is not DiskState.FULL or now_us >= self._retry_us:
             self.watch(True)
@@ -210,7 +212,7 @@ class Keeper:
 
     def next_deadline_us(self) -> int:
         """When :meth:`rest` or a save should be tried next, if nothing else happens."""
-        deadline_us = NEVER_US
+        deadline_us = self._failed_due_us
         if self._looked_at_us <= self._changed_us:
             deadline_us = self._look_us
         if self.store.state is DiskState.FULL:
@@ -276,16 +278,21 @@ class Keeper:
             self.snapshot_failed(member.uid, now_us, ": ".join(describe(error)))
             return
         if not self.save_snapshot(member.uid, index, term, data):
-            self._failed_us[member.uid] = now_us + RETRY_SNAPSHOT_US
+            self._try_later(member.uid, now_us)
 
     def snapshot_failed(self, uid: int, now_us: int, why: str) -> None:
         """A snapshot came to nothing: it is tried again after a while."""
-        self._failed_us[uid] = now_us + RETRY_SNAPSHOT_US
+        self._try_later(uid, now_us)
         group = self.store.groups.get(uid)
         self._note("error", f"group {group.name if group else uid}: no snapshot could be made: {why}")
 
+    def _try_later(self, uid: int, now_us: int) -> None:
+        self._failed_us[uid] = now_us + RETRY_SNAPSHOT_US
+        self._failed_due_us = min(self._failed_due_us, now_us + RETRY_SNAPSHOT_US)
+
     def snapshot_made(self, info: SnapshotInfo) -> None:
         """A snapshot begun by :attr:`begin_snapshot` is in its place, durable."""
+        self._looked_at_us = 0  # others may have waited for their turn
         if self.store.adopt_if_newer(info):
             self.snapshot_count += 1
             self._failed_us.pop(info.uid, None)

@@ -220,7 +220,7 @@ class Cluster:
             for instance, shard in self.shards.items():
                 rate = self.rates.get(instance, 1.0)
                 due.append((int((shard.next_deadline_us() - START_US) / rate) + 1, instance))
-            time_us, instance = min(due)
+            time_us, instance = min(due, default=(end_us + 1, 0))
             if time_us > end_us:
                 self.now_us = end_us
                 return
