@@ -28,7 +28,16 @@ from raftfleet.core.names import hash64
 from raftfleet.errors import ConfigError
 from raftfleet.fleet.founding import Address, Memory, Persist, Send
 from raftfleet.fleet.manager_core import ManagerCore
-from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Output, Reply, ShardCall, StateChanged, StopNode
+from raftfleet.fleet.manager_outputs import (
+    DropShards,
+    Log,
+    ManagerSettings,
+    Output,
+    Reply,
+    ShardCall,
+    StateChanged,
+    StopNode,
+)
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
@@ -127,7 +136,8 @@ class ManagerProcess:
                 host=config.bind[0],
                 port=config.bind[1],
                 public_key=self.keys.public_key if self.keys is not None else "",
-                workers=config.workers,
+                workers=context.shard_count,
+                placing_count=config.workers,
                 peers=tuple(config.peers),
                 zone=config.zone,
                 purge_window_us=int(config.node_purge_failure_time_window_s * 1_000_000),
@@ -158,7 +168,7 @@ class ManagerProcess:
         )
         for fd in self.peers.fds():
             self.poller.register(fd, _nothing)
-        self.shards = [self._channel(index) for index in range(config.workers)]
+        self.shards = [self._channel(index) for index in range(context.shard_count)]
         self.clients = UnixServer(
             rundir.control_socket(config.run_dir),
             self.poller,
@@ -230,6 +240,9 @@ class ManagerProcess:
             self.core.tick(now_us, _wall_us())
         if now_us >= self.sweep_us:
             self.sweep_us = now_us + SWEEP_US
+            for index in range(self.context.config.workers, len(self.shards)):
+                if self.context.children.is_retired(index):
+                    self.core.on_shard_retired(now_us, index)
             self.clients.sweep(now_us)
             self._tell_systemd()
             for level, text in self.disk_watch.look(now_us):
@@ -269,6 +282,10 @@ class ManagerProcess:
                 self._save(output)
             elif isinstance(output, Log):
                 logger.log(getattr(logging, output.level.upper()), "%s", output.text)
+            elif isinstance(output, DropShards):
+                dropped, self.shards[output.kept :] = self.shards[output.kept :], []
+                for channel in dropped:
+                    channel.close()
             elif isinstance(output, StateChanged):
                 self._state_changed(output.state)
             elif isinstance(output, StopNode):

@@ -31,7 +31,7 @@ from raftfleet.fleet.host import Host, HostSettings, Outputs
 from raftfleet.node import rundir
 from raftfleet.node.config import NodeConfig
 from raftfleet.node.context import ChildContext, monotonic_us
-from raftfleet.node.data_dir import retire_shard, shard_dir
+from raftfleet.node.data_dir import retire_shard, shard_dir, was_there
 from raftfleet.node.exit_codes import ExitCode
 from raftfleet.node.garbage import Garbage
 from raftfleet.node.leader_table import RegionWriter
@@ -99,7 +99,8 @@ class Worker:
             self.keeper,
         )
         self.snapshots: SnapshotChild | None = None
-        self.table = RegionWriter(config.run_dir, context.index)
+        # A surplus shard owns no names, so it has no region to write them into.
+        self.table = RegionWriter(config.run_dir, context.index) if context.index < config.workers else None
         self.clients = UnixServer(
             rundir.shard_socket(config.run_dir, context.index),
             self.poller,
@@ -130,6 +131,7 @@ class Worker:
         self.garbage = Garbage()
         self.requests_seen = 0
         self.exit_fresh = False
+        self.exit_retired = False
         if self.keeper is not None and found is not None:
             self._take_disk(self.keeper, found)
         self.host.shard.user_code_watch = self._watch_user_code
@@ -192,7 +194,7 @@ class Worker:
         self._wait_for_queues()
 
     def _is_done(self) -> bool:
-        if self.exit_fresh:
+        if self.exit_fresh or self.exit_retired:
             return True
         if not self.stopping_us:
             return False
@@ -229,7 +231,8 @@ class Worker:
         if now_us >= self.sweep_us:
             self.sweep_us = now_us + WAIT_US_MAX
             self.clients.sweep(now_us)
-            self.table.follow()
+            if self.table is not None:
+                self.table.follow()
             self._care_for_garbage(now_us)
             if self.snapshots is not None:
                 self.snapshots.tick(now_us)
@@ -255,7 +258,15 @@ class Worker:
             if self.keeper is not None:
                 self.keeper.store.set_fleet(host.fleet_id)  # before anything of that fleet is heard
             self.peers.set_fleet(host.fleet_id)
-        if out.table or out.addresses or out.forgotten or out.upcalls or out.notes or out.exit_fresh:
+        if (
+            out.table
+            or out.addresses
+            or out.forgotten
+            or out.upcalls
+            or out.notes
+            or out.exit_fresh
+            or out.exit_retired
+        ):
             self._carry_out_the_rest(out)
 
     def _persist(self, keeper: Keeper) -> None:
@@ -276,21 +287,25 @@ class Worker:
             self.peers.set_address(instance, endpoint, public_key)
         for instance in out.forgotten:
             self.peers.forget(instance)
-        for operation in out.table:
-            if operation[0] == "leader":
-                self.table.set_leader(*operation[1:])
-            elif operation[0] == "leaderless":
-                self.table.set_leaderless(*operation[1:])
-            else:
-                self.table.remove(*operation[1:])
-        if out.table and self.table.needs_growth:
-            self.context.grow_leader_table()
+        if out.table and self.table is not None:
+            self._write_table(self.table, out.table)
         for token, method, args in out.upcalls:
             self._upcall(token, method, args)
         for level, text in out.notes:
             logger.log(getattr(logging, level.upper()), "%s", text)
-        if out.exit_fresh:
-            self.exit_fresh = True
+        self.exit_fresh |= out.exit_fresh
+        self.exit_retired |= out.exit_retired
+
+    def _write_table(self, table: RegionWriter, operations: list[tuple[Any, ...]]) -> None:
+        for operation in operations:
+            if operation[0] == "leader":
+                table.set_leader(*operation[1:])
+            elif operation[0] == "leaderless":
+                table.set_leaderless(*operation[1:])
+            else:
+                table.remove(*operation[1:])
+        if table.needs_growth:
+            self.context.grow_leader_table()
 
     def _care_for_garbage(self, now_us: int) -> None:
         requests = self.clients.counters["requests"]
@@ -322,7 +337,7 @@ class Worker:
             self.snapshots.close()
         if self.keeper is not None:
             self.keeper.close()
-            if self.exit_fresh:
+            if self.exit_fresh or self.exit_retired:
                 self._retire()
         if self.feed is not None:
             self.feed.close()
@@ -330,7 +345,8 @@ class Worker:
         for fd in self.peers.fds():
             self.poller.unregister(fd)
         self.peers.close()
-        self.table.close()
+        if self.table is not None:
+            self.table.close()
         self.poller.close()
 
     def _retire(self) -> None:
@@ -448,7 +464,7 @@ def open_data(context: ChildContext) -> tuple[Keeper | None, RecoveredShard | No
                 raise
             time.sleep(0.02)
     if found.created:
-        had_data = (config.data_dir / "founding").exists()
+        had_data = (config.data_dir / "founding").exists() and was_there(config.data_dir, context.index)
         level = logging.WARNING if had_data else logging.INFO
         lost = "; what this node once held there is lost, and its groups bring it here again" if had_data else ""
         logger.log(level, "%s was empty: this shard is a new instance, %d%s", path, found.instance, lost)
@@ -464,5 +480,7 @@ def main(context: ChildContext) -> None:
         worker.run()
     finally:
         worker.close()
+    if worker.exit_retired:
+        raise SystemExit(int(ExitCode.RETIRED))
     if worker.exit_fresh:
         raise SystemExit(int(ExitCode.RESTART_FRESH))

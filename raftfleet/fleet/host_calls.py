@@ -17,7 +17,7 @@ import msgpack
 
 from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NO_LEADER, NOT_LEADER, OK, REFUSED
 from raftfleet.core.host_messages import OP_QUERY
-from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
+from raftfleet.core.names import FLEET_GROUP, FLEET_UID
 from raftfleet.fleet.host_changing import ChangingLayer
 from raftfleet.fleet.host_copying import COPY_US, PIECE_US
 from raftfleet.fleet.host_state import RETRY_PARKED_US
@@ -67,6 +67,7 @@ class CallLayer(ChangingLayer):
                 "fleet_known": self.fleet_known,
                 "fleet_voters": list(fleet_member.voters) if fleet_member is not None else [],
                 "counters": dict(self.counters),
+                "resting": len(self._resting),
                 "disk": self.disk.status() if self.disk is not None else None,
                 "divergent": divergent,
             },
@@ -111,6 +112,15 @@ class CallLayer(ChangingLayer):
     def _call_leave_fleet(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         answer(OK, {})
         self._out.exit_fresh = True
+
+    def _call_retire(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        """This worker is surplus: the fleet knows its instance to be gone. Not while it holds anything."""
+        held = len(self.shard.members) + len(self._resting)
+        if held or self.fleet.gone.get(self.instance) is None:
+            answer(REFUSED, f"worker {self.settings.index} holds {held} members, or is not given up by the fleet")
+            return
+        answer(OK, {})
+        self._out.exit_retired = True
 
     def _call_watch_fleet(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         self._watchers[connection] = None
@@ -177,7 +187,7 @@ class CallLayer(ChangingLayer):
             answer(REFUSED, f"there is no node {args['node']!r:.100}: see 'raftfleet-node nodes'")
             return
         uid = group.uid
-        instance = node.instances[shard_of(group.name, len(node.instances))]
+        instance = node.instance_for(group.name)
 
         def pinned(code: int, body: Any) -> None:
             self._ask_leader(uid, "transfer", {"uid": uid, "instance": instance}, timeout_us, answer)
@@ -299,6 +309,7 @@ _CALLS: dict[str, Callable[[CallLayer, int, dict[str, Any], int, Any], None]] = 
     "set_fleet": CallLayer._call_set_fleet,
     "start_fleet": CallLayer._call_start_fleet,
     "leave_fleet": CallLayer._call_leave_fleet,
+    "retire": CallLayer._call_retire,
     "watch_fleet": CallLayer._call_watch_fleet,
     "fleet_command": CallLayer._call_fleet_command,
     "fleet_query": CallLayer._call_fleet_query,

@@ -63,6 +63,8 @@ class FollowingLayer(RoutingLayer):
         if group is None or uid in self._dead_early:
             return None
         made = self._make_machine(group)
+        if not self._owns(group.name):
+            self._guests[uid] = None
         return (group.name, group.group_config(), *made) if made is not None else None
 
     def _make_machine(self, group: Group) -> tuple[Any, Any] | None:
@@ -155,6 +157,7 @@ class FollowingLayer(RoutingLayer):
                 group = self.fleet.by_name.get(command[1])
                 if uid is not None and (group is None or group.uid != uid):
                     self._group_removed(command[1], uid)
+                self._drop_guests()
             elif what == "renew_group":
                 self._group_renewed(command[1])
             elif what == "change_config":
@@ -191,12 +194,15 @@ class FollowingLayer(RoutingLayer):
 
     def _group_added(self, group: Group) -> None:
         name = group.name
-        if not self._owns(name) or self._known.get(name) == group.uid:
+        if not self._owns(name):
+            if any(instance == self.instance for _, instance in group.members):
+                self._maybe_create(group)  # placed here when the node had another number of workers
+            self._catch_up_config(group)
+            return
+        if self._known.get(name) == group.uid:
             return
         self._known[name] = group.uid
-        member = self.shard.members.get(group.uid)
-        if member is not None and member.config != group.group_config():
-            self._config_changed(name)  # while this worker was down
+        self._catch_up_config(group)
         known = self.leaders.get(group.uid)
         if known is not None:
             self._table_leader(name, group.uid, *known)
@@ -206,6 +212,12 @@ class FollowingLayer(RoutingLayer):
         for request in self._awaiting_feed.pop(name, ()):
             if not request.done:
                 self._route(request)
+
+    def _catch_up_config(self, group: Group) -> None:
+        """The config may have been changed while this worker was down."""
+        member = self.shard.members.get(group.uid)
+        if member is not None and member.config != group.group_config():
+            self._config_changed(group.name)
 
     def _maybe_create(self, group: Group) -> None:
         """Start the first member that the fleet's log gives to this worker."""
@@ -223,6 +235,8 @@ class FollowingLayer(RoutingLayer):
             return
         machine, hook = made
         campaign = instances[0] == self.instance
+        if not self._owns(group.name):
+            self._guests[uid] = None
         try:
             self.shard.create_group(
                 uid, group.name, group.group_config(), machine, instances, campaign=campaign, hook=hook
@@ -245,7 +259,17 @@ class FollowingLayer(RoutingLayer):
             if not request.done:
                 self._check_name(request)
 
+    def _drop_guests(self) -> None:
+        """Members that were begun under another number of workers: their names are other workers' to look after."""
+        if not self._guests:
+            return
+        for uid in [uid for uid in self._guests if uid not in self.fleet.groups or not self.shard.holds(uid)]:
+            del self._guests[uid]
+            if uid not in self.fleet.groups:
+                self._group_removed("", uid)
+
     def _group_renewed(self, uid: int) -> None:
+        self._drop_guests()
         for name in [name for name, known in self._known.items() if known == uid]:
             self._group_removed(name, uid)
             group = self.fleet.by_name.get(name)

@@ -17,7 +17,7 @@ from typing import Any
 from raftfleet.core.codes import GONE_UID, OK
 from raftfleet.core.host_messages import Leadership
 from raftfleet.core.member import Member
-from raftfleet.core.names import FLEET_GROUP, FLEET_UID, shard_of
+from raftfleet.core.names import FLEET_GROUP, FLEET_UID
 from raftfleet.fleet.host_asking import AskingLayer
 from raftfleet.fleet.requests import IN_A_LOG
 
@@ -61,7 +61,8 @@ class LeaderLayer(AskingLayer):
         self.leaders.pop(uid, None)
         if member is not None:
             self._leaderless[uid] = None
-            self._out.table.append(("leaderless", member.name, uid))
+            if uid == FLEET_UID or self._known.get(member.name) == uid:
+                self._out.table.append(("leaderless", member.name, uid))
 
     def _look_for_leaders(self) -> None:
         """Members that lost their leader and follow one again.
@@ -99,7 +100,7 @@ class LeaderLayer(AskingLayer):
         """Tell the owning worker of every node who leads."""
         notice = Leadership(member.uid, member.term, self.instance)
         for node in self.fleet.nodes.values():
-            instance = node.instances[shard_of(member.name, len(node.instances))]
+            instance = node.instance_for(member.name)
             if instance != self.instance:
                 self._notices.setdefault(instance, {})[member.uid] = notice
 
@@ -124,7 +125,7 @@ class LeaderLayer(AskingLayer):
         if node is None or home is None:
             return False
         for member in self.shard.members.values():
-            if member.is_established and shard_of(member.name, len(node.instances)) == home[1]:
+            if member.is_established and node.instance_for(member.name) == instance:
                 notice = Leadership(member.uid, member.term, self.instance)
                 self._notices.setdefault(instance, {})[member.uid] = notice
         return True

@@ -79,6 +79,8 @@ class RestoringLayer(CallLayer):
             shard.resting.add(uid)
             self._resting[uid] = stored
             return
+        if uid != FLEET_UID and not self._owns(stored.name):
+            self._guests[uid] = None
         if self._resting.pop(uid, None) is not None:
             self.note("info", f"group {stored.name}: its member here is brought back")
         if uid == FLEET_UID and stored.snapshot is not None:

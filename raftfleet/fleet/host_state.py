@@ -51,6 +51,7 @@ class Outputs:
         upcalls: ``(token, method, args)`` for worker 0 of this node; answered with :meth:`Host.on_upcall_answer`.
         notes: lines for the log: ``(level, text)``.
         exit_fresh: this worker has left its fleet: end, and come back with a new instance.
+        exit_retired: this worker is not needed any more: end for good.
     """
 
     sends: dict[int, list[Any]] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Outputs:
     upcalls: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     exit_fresh: bool = False
+    exit_retired: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -81,7 +83,8 @@ class HostSettings:
     """Who this worker is.
 
     Attributes:
-        node: this node's name. index: of this worker. workers: how many there are.
+        node: this node's name. index: of this worker. workers: among how many the names of groups are shared out; a
+            worker whose index is not below it owns none (:mod:`raftfleet.fleet.manager_resharding`).
         endpoint, public_key: how other shards reach this one.
         beat_interval_us: see :class:`raftfleet.core.shard.ShardSettings`.
     """
@@ -137,6 +140,7 @@ class HostState(ABC):
         self._unstarted: dict[int, None] = {}  # groups whose member here could not start yet
         self._watchers: dict[int, None] = {}
         self._known: dict[str, int] = {}  # name -> uid, of the groups whose name this worker owns
+        self._guests: dict[int, None] = {}  # uids of members whose group's name another worker owns
         self._dead_early: set[int] = set()
         # Requests, and where they wait.
         self._open: dict[Request, None] = {}

@@ -20,7 +20,8 @@ Commands are lists, first item a str::
     ["deactivate", node] ["leave", node]                 leave: only of a node that is being deactivated
     ["remove_node", node, reason, [instance, ...]]       reason: "operator" or "purged"; instances: as the asker knows
     ["declare_lost", node]                               an operator: what that node once held will not come back
-    ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances
+    ["instances", node, [instance, ...], [old, ...]]     shards came back with new instances, or there are more or fewer
+    ["workers", node, count]                             members are placed on the first so many of its shards
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
     ["add_groups", [name, ...], replicas, config]        all of them or, if one is refused, none
     ["renew_group", uid, [instance, ...]]                on_majority_loss = "new": its lost voters, which are gone
@@ -69,9 +70,12 @@ class FleetRefused(Exception):
 
 
 class Node:
-    """A node of the fleet. ``instances[i]`` is shard i's. ``active``: False while it is being deactivated."""
+    """A node of the fleet. ``instances[i]`` is shard i's. ``active``: False while it is being deactivated.
 
-    __slots__ = ("active", "host", "instances", "name", "port", "public_key", "zone")
+    ``workers``: members are placed on the first so many shards; on the others only until they have moved away.
+    """
+
+    __slots__ = ("active", "host", "instances", "name", "port", "public_key", "workers", "zone")
 
     def __init__(
         self,
@@ -82,7 +86,9 @@ class Node:
         public_key: str,
         instances: tuple[int, ...],
         active: bool = True,
+        workers: int = 0,
     ) -> None:
+        self.workers = workers if 0 < workers <= len(instances) else len(instances)
         self.name = name
         self.zone = zone
         self.host = host
@@ -90,6 +96,10 @@ class Node:
         self.public_key = public_key
         self.instances = instances
         self.active = active
+
+    def instance_for(self, group: str) -> int:
+        """The instance that a group of this name has here, if it has a member here."""
+        return self.instances[shard_of(group, self.workers)]
 
     def endpoint(self, shard: int) -> str:
         """ZeroMQ endpoint of that shard's ROUTER."""
@@ -110,6 +120,7 @@ class Node:
             "public_key": self.public_key,
             "instances": list(self.instances),
             "active": self.active,
+            "workers": self.workers,
         }
 
     def __repr__(self) -> str:
@@ -255,7 +266,7 @@ class FleetState:
             zones: dict[str, list[tuple[int, str, Placement]]] = {}
             for node in self.nodes.values():
                 if node.active:
-                    shards = tuple((node.name, instance) for instance in node.instances)
+                    shards = tuple((node.name, instance) for instance in node.instances[: node.workers])
                     zones.setdefault(node.zone, []).append((node_hash(node.name), node.name, shards))
             self._zones = list(zones.values())
             self._zones_version = self.node_version
@@ -347,6 +358,8 @@ class FleetState:
                     f"remove that node with 'raftfleet-node remove-dead-node {node.name}'",
                 )
             self._declare_gone(node.name, (i for i in old.instances if i not in node.instances), "restarted")
+        if old is not None and len(old.instances) == len(node.instances):
+            node.workers = old.workers
         if old is None or old.fields() != node.fields():
             self._put_node(node)
         return {"fleet": self.fleet_id}
@@ -417,7 +430,18 @@ class FleetState:
             Node(node.name, node.zone, node.host, node.port, node.public_key, given), _parse_instances(old)
         )
         self._declare_gone(node.name, (i for i in node.instances if i not in given), "restarted")
-        self._put_node(Node(node.name, node.zone, node.host, node.port, node.public_key, given, node.active))
+        # More shards take no members before that is said; of fewer, all do.
+        workers = min(node.workers, len(given))
+        self._put_node(Node(node.name, node.zone, node.host, node.port, node.public_key, given, node.active, workers))
+        return {}
+
+    def _workers(self, epoch: int, name: object, count: object) -> dict[str, Any]:
+        node = self._known_node(name)
+        if type(count) is not int or not 1 <= count <= len(node.instances):
+            raise FleetRefused(BAD_REQUEST, f"{node.name} has {len(node.instances)} shards, not {count!r:.100}")
+        if node.workers != count:
+            node.workers = count
+            self.node_version += 1
         return {}
 
     def _add_group(self, epoch: int, name: object, replicas: object, config: object) -> dict[str, Any]:
@@ -561,7 +585,8 @@ class FleetState:
         into one frame to the manager.
         """
         nodes = [
-            [n.name, n.zone, n.host, n.port, n.public_key, list(n.instances), n.active] for n in self.nodes.values()
+            [n.name, n.zone, n.host, n.port, n.public_key, list(n.instances), n.active, n.workers]
+            for n in self.nodes.values()
         ]
         settings: dict[bytes, int] = {}
         placements: dict[Placement, int] = {}
@@ -610,12 +635,13 @@ class FleetState:
         state.fleet_id = fleet_id
         state.epoch = epoch
         state.counter = counter
-        for name, zone, host, port, public_key, instances, active in nodes:
+        for name, zone, host, port, public_key, instances, active, workers in nodes:
             _check_types((str, name), (str, zone), (str, host), (int, port), (str, public_key), (bool, active))
+            _check_types((int, workers))
             _check_types((list, instances), *((int, instance) for instance in instances))
             if not instances:
                 raise ValueError("a node without workers")
-            state._put_node(Node(name, zone, host, port, public_key, tuple(instances), active))
+            state._put_node(Node(name, zone, host, port, public_key, tuple(instances), active, workers))
         for packed in settings:
             _check_types((bytes, packed))
         configs = [_settings(packed)[0] for packed in settings]
@@ -648,6 +674,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "remove_node": (FleetState._remove_node, 3),
     "declare_lost": (FleetState._declare_lost, 1),
     "instances": (FleetState._instances, 3),
+    "workers": (FleetState._workers, 2),
     "add_group": (FleetState._add_group, 3),
     "add_groups": (FleetState._add_groups, 3),
     "remove_group": (FleetState._remove_group, 1),

@@ -131,6 +131,7 @@ class ManagerCalls(ManagerRepair):
                     "instance": shard.instance,
                     "members": shard.info.get("members", 0),
                     "leaders": shard.info.get("leaders", 0),
+                    "surplus": index >= self.settings.placing,
                     "disk": shard.info.get("disk"),
                     "divergences": shard.info.get("counters", {}).get("divergences", 0),
                 }
@@ -177,7 +178,7 @@ class ManagerCalls(ManagerRepair):
         self._pass_to_shard(0, method, args, timeout_us, answer)
 
     def _call_of_group(self, method: str, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
-        index = shard_of(args["name"], len(self.shards))
+        index = shard_of(args["name"], self.settings.placing)
         self._pass_to_shard(index, method, args, timeout_us, answer, reads=method in READS)
 
     def _call_groups(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
@@ -214,7 +215,7 @@ class ManagerCalls(ManagerRepair):
                 },
             )
 
-        index = shard_of(name, len(self.shards))
+        index = shard_of(name, self.settings.placing)
         self._call_shard(index, "group_status", {"name": name}, min(timeout_us, 2 * SECOND), answered)
 
     def _call_groups_detail(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:

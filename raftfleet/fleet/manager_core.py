@@ -17,6 +17,7 @@ The parts, each a class on top of the one before it, with its rules at the head 
     manager_pings        who answers, who is unreachable
     manager_shards       this node's shards; the copy of the fleet's state that shard 0 feeds
     manager_entry        into a fleet by founding or joining, and out of it
+    manager_resharding   another number of workers than the data were written with
     manager_membership   this node's entry in the fleet's state: join, instances, zone, deactivation
     manager_rpc          calls between managers
     manager_removal      the operator's word, the purge, abandoning

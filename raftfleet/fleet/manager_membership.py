@@ -18,22 +18,24 @@ from raftfleet.core.codes import OK, REFUSED
 from raftfleet.core.manager_messages import NodeRecord
 from raftfleet.core.names import FLEET_GROUP
 from raftfleet.fleet.machine import FleetState, Node
-from raftfleet.fleet.manager_entry import ManagerEntry
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
+from raftfleet.fleet.manager_resharding import ManagerResharding
 from raftfleet.fleet.manager_state import RPC_TIMEOUT_US, TRY_ELSEWHERE, ignore_answer, node_fields, text_of
 
 
-class ManagerMembership(ManagerEntry):
+class ManagerMembership(ManagerResharding):
     """This node in its fleet: join, present instances, zone, deactivation."""
 
     def _tend_membership(self, state: FleetState) -> None:
         mine = state.nodes.get(self.settings.name)
-        gone = [instance for instance in self.instances if instance in state.gone]
+        gone = [instance for instance in self.instances[: self.settings.placing] if instance in state.gone]
         if gone:
             reason = state.gone[gone[0]]
             if reason == "left":
                 self.zone = None
             self._leave("left" if reason == "left" else f"this node was removed from it ({reason}); it joins as new")
+            return
+        if self._tend_resharding(state, mine):
             return
         if mine is None or (mine.host, mine.port) != (self.settings.host, self.settings.port):
             if self.zone is not None and self._due("join", SECOND):

@@ -46,13 +46,19 @@ class StopNode(NamedTuple):
     """End the node."""
 
 
+class DropShards(NamedTuple):
+    """Only the first ``kept`` shards are left: do not look for the others."""
+
+    kept: int
+
+
 class StateChanged(NamedTuple):
     """The node's state (active, ...) is another one now."""
 
     state: str
 
 
-Output: TypeAlias = Send | Persist | ShardCall | Reply | Log | StopNode | StateChanged
+Output: TypeAlias = Send | Persist | ShardCall | Reply | Log | StopNode | StateChanged | DropShards
 Answer: TypeAlias = Callable[[int, Any], None]
 """Takes the code and the body of an answer, once."""
 
@@ -71,3 +77,9 @@ class ManagerSettings:
     purge_window_us: int = 600 * SECOND
     ping_interval_us: int = SECOND
     durable: bool = False
+    placing_count: int = 0
+
+    @property
+    def placing(self) -> int:
+        """How many of the workers names and members are shared out among; the others are surplus."""
+        return self.placing_count or self.workers

@@ -96,7 +96,9 @@ class ManagerPings(ManagerState):
                     f"node {sender.name} at {address[0]}:{address[1]} is in another fleet, {message.fleet.hex()}; this "
                     f"node is in {self.fleet.hex()}: the two cannot work together, check --peers",
                 )
-            if set(message.removed) & set(self.instances) and message.fleet == (self.fleet or message.fleet):
+            if set(message.removed) & set(self.instances[: self.settings.placing]) and message.fleet == (
+                self.fleet or message.fleet
+            ):
                 self._leave("this node was removed from it; it joins as new")
                 return
         if not self.fleet:

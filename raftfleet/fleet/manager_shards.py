@@ -28,7 +28,8 @@ class ManagerShards(ManagerPings):
     def on_shard_info(self, now_us: int, index: int, info: dict[str, Any]) -> None:
         """The answer to ``shard_info``, asked when the connection to the shard came up, and then by the core itself."""
         self._now_us = now_us
-        self._take_shard_info(self.shards[index], info)
+        if index < len(self.shards):
+            self._take_shard_info(self.shards[index], info)
 
     def on_shard_lost(self, now_us: int, index: int) -> None:
         """The connection to the shard broke: it is restarting, or has been."""

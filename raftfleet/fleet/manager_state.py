@@ -44,7 +44,17 @@ PING_NODES = 20
 class ShardView:
     """What the manager knows of one of its shards. ``instance`` 0: not known (yet, or it is restarting)."""
 
-    __slots__ = ("addresses_version", "fleet", "fleet_leader", "info", "instance", "stale_instance", "watched")
+    __slots__ = (
+        "addresses_version",
+        "fleet",
+        "fleet_leader",
+        "info",
+        "is_retired",
+        "is_retiring",
+        "instance",
+        "stale_instance",
+        "watched",
+    )
 
     def __init__(self) -> None:
         self.instance = 0
@@ -53,6 +63,8 @@ class ShardView:
         self.fleet_leader = 0
         self.addresses_version = -1
         self.watched = False
+        self.is_retiring = False  # it was told to end for good
+        self.is_retired = False  # it has
         self.info: dict[str, Any] = {}
 
 
@@ -120,12 +132,17 @@ class ManagerState(ABC):
     @property
     def is_ready(self) -> bool:
         """Whether all shards are known: before that this node does not know itself what it is."""
-        return all(shard.instance for shard in self.shards)
+        return all(shard.instance or shard.is_retiring for shard in self.shards)
 
     @property
     def instances(self) -> tuple[int, ...]:
         """Present instances of the shards."""
-        return tuple(shard.instance for shard in self.shards)
+        return tuple(shard.instance for shard in self.shards if shard.instance or not shard.is_retiring)
+
+    @property
+    def surplus(self) -> list[ShardView]:
+        """Shards that are there only until their members have moved (:mod:`raftfleet.fleet.manager_resharding`)."""
+        return self.shards[self.settings.placing :]
 
     @property
     def record(self) -> NodeRecord:

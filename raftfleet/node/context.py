@@ -21,6 +21,7 @@ Role = Literal["manager", "shard"]
 
 _ROW_WORDS = 4
 _WORD_BYTES = 8
+_RETIRED = (1 << 64) - 1  # in place of a process number
 
 
 class ChildRow(NamedTuple):
@@ -60,6 +61,14 @@ class ChildTable:
     def shards(self) -> list[ChildRow]:
         """The rows of all shards, in order."""
         return [self._row(row) for row in range(1, self._rows_count)]
+
+    def is_retired(self, index: int) -> bool:
+        """Whether shard ``index`` has ended for good: its node has fewer workers now."""
+        return self._words[(1 + index) * _ROW_WORDS] == _RETIRED
+
+    def retire(self, row: int) -> None:
+        """Supervisor only: the child has ended and is not started again."""
+        self._words[row * _ROW_WORDS] = _RETIRED
 
     def write(self, row: int, *, pid: int, restarts: int, started_us: int) -> None:
         """Supervisor only. Row 0 is the manager, row 1 + i shard i."""
@@ -104,6 +113,11 @@ class ChildContext:
     def title(self) -> str:
         """How the process is called in logs and listings, such as ``shard-0``."""
         return "manager" if self.role == "manager" else f"shard-{self.index}"
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards the node began with: ``--workers``, or more as long as a data directory holds more."""
+        return len(self.children.shards)
 
     def stop_node(self) -> None:
         """Ask the supervisor to stop the node, as SIGTERM does. This process gets its own SIGTERM soon after."""

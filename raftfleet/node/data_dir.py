@@ -3,7 +3,8 @@
 ::
 
     DIR/LOCK                 flock, held by the supervisor and, through it, by each of its children
-    DIR/layout               what the directory is (JSON): its format, the node's name, its number of shards
+    DIR/layout               what the directory is (JSON): its format, the node's name, its number of workers, and of
+                             the shards that had a directory when that number was given
     DIR/founding             what the manager must remember (raftfleet.workers.manager)
     DIR/shard-0 ...          one per shard (raftfleet.storage.store)
     DIR/former/shard-I-N     what instance N of shard I held when the node left its fleet; only the newest per shard
@@ -47,10 +48,18 @@ def shard_dir(data_dir: Path, index: int) -> Path:
 
 
 class DataDir:
-    """A data directory that this process has locked."""
+    """A data directory that this process has locked.
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
+    Attributes:
+        shard_count: shards that must run: as many as there are to be workers, or as have a directory, if that is more
+            (:mod:`raftfleet.fleet.manager_resharding`).
+        workers_before: with how many workers the node last ran; 0: never.
+    """
+
+    def __init__(self, path: Path, lock_fd: int, shard_count: int, workers_before: int) -> None:
         self.path = path
+        self.shard_count = shard_count
+        self.workers_before = workers_before
         self._lock_fd = lock_fd
 
     @classmethod
@@ -76,13 +85,14 @@ class DataDir:
                 )
             lock_fd = _lock(path, wait_s)
             try:
-                _check_layout(path, node, workers)
+                workers_before = _check_layout(path, node, workers)
             except BaseException:
                 os.close(lock_fd)
                 raise
         except OSError as error:
             raise DataDirRefused(f"{path} cannot be used: {error.strerror}") from error
-        return cls(path, lock_fd)
+        shards = shard_indexes(path)
+        return cls(path, lock_fd, max(workers, shards[-1] + 1 if shards else 0), workers_before)
 
     def release(self) -> None:
         """Let others use it, once the children are gone too."""
@@ -134,7 +144,8 @@ def read_layout(path: Path) -> dict[str, Any] | None:
     try:
         layout = json.loads(data.decode())
         form, node, workers = layout["format"], layout["node"], layout["workers"]
-        if not (type(form) is int and type(node) is str and type(workers) is int):
+        shards = layout.get("shards", workers)
+        if not (type(form) is int and type(node) is str and type(workers) is int and type(shards) is int):
             raise ValueError("a wrong type")
     except (ValueError, KeyError, TypeError) as error:
         raise DataDirRefused(
@@ -144,38 +155,48 @@ def read_layout(path: Path) -> dict[str, Any] | None:
         raise DataDirRefused(
             f"{path} was written by a newer raftfleet (format {form}); this version reads up to {FORMAT}"
         )
-    return {"format": form, "node": node, "workers": workers}
+    return {"format": form, "node": node, "workers": workers, "shards": shards}
 
 
-def write_layout(path: Path, *, node: str, workers: int) -> None:
+def write_layout(path: Path, *, node: str, workers: int, shards: int) -> None:
     """Replace what the directory says of itself; durable when this returns."""
     temporary = path / (LAYOUT_NAME + ".new")
     with open(temporary, "w", opener=_open_private) as file:
-        json.dump({"format": FORMAT, "node": node, "workers": workers}, file)
+        json.dump({"format": FORMAT, "node": node, "workers": workers, "shards": shards}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / LAYOUT_NAME)
     sync_directory(path)
 
 
-def _check_layout(path: Path, node: str, workers: int) -> None:
+def _check_layout(path: Path, node: str, workers: int) -> int:
+    """Refuse another node's directory, note the number of workers; returns the number that it was before, 0 if new.
+
+    ``shards`` in the layout tells a shard that is new, since there are more workers, from one whose directory was lost:
+    so many had a directory when the number of workers last changed, or at a later start.
+    """
     layout = read_layout(path)
-    shards = shard_indexes(path)
+    there = shard_indexes(path)
+    shards = there[-1] + 1 if there else 0
     if layout is None:
-        there = shards[-1] + 1 if shards else workers
-        layout = {"node": node, "workers": there}
+        layout = {"node": node, "workers": 0, "shards": 0}
     if layout["node"] != node:
         raise DataDirRefused(
             f"{path} belongs to node {layout['node']!r}, this is {node!r}: give --name {layout['node']}, or another "
             "--data-dir"
         )
-    if layout["workers"] != workers:
-        raise DataDirRefused(
-            f"{path} was written by {layout['workers']} workers, this node is to have {workers}: give --workers "
-            f"{layout['workers']}"
-        )
-    if read_layout(path) is None:
-        write_layout(path, node=node, workers=workers)
+    before: int = layout["workers"]
+    if before == workers:
+        shards = max(shards, min(layout["shards"], workers))
+    if (before, layout["shards"]) != (workers, shards):
+        write_layout(path, node=node, workers=workers, shards=shards)
+    return before
+
+
+def was_there(data_dir: Path, index: int) -> bool:
+    """Whether shard ``index`` had a directory before this start of the node, as far as the layout tells."""
+    layout = read_layout(data_dir)
+    return layout is not None and index < layout["shards"]
 
 
 # -------------------------------------------------------------------- leaving a fleet

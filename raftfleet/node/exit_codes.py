@@ -32,6 +32,7 @@ class ExitCode(IntEnum):
     SUPERVISOR_GONE = 8, "the supervisor was gone before the child had started"
     DATA_DIR_REFUSED = 9, "the data directory is another's, in use, newer than this version, or beyond reading"
     DISK_FAILED = 10, "a write to the data directory failed; the next start reads again what is there"
+    RETIRED = 11, "is not needed any more, since its node has fewer workers now"
 
 
 def describe_status(status: int) -> str:

@@ -112,6 +112,7 @@ def run(
                 except DataDirRefused as error:
                     _logger.error("%s", error)
                     return ExitCode.DATA_DIR_REFUSED
+                _tell_of_resharding(data_dir, config.workers)
             else:
                 _logger.info("groups live in memory: they are lost with the majority of their members' processes")
             table = make_table(run_dir.path, config)
@@ -119,7 +120,9 @@ def run(
             # it must not look like a death by signal.
             mask_after = mask_after.union(_STOP_SIGNALS)
             try:
-                return _Supervisor(config, run_dir, table, bodies, limits, stop_grace_us, same_wish_us).serve()
+                shard_count = data_dir.shard_count if data_dir is not None else config.workers
+                limits_us = (stop_grace_us, same_wish_us)
+                return _Supervisor(config, run_dir, table, bodies, limits, *limits_us, shard_count).serve()
             finally:
                 table.close()
         finally:
@@ -129,6 +132,15 @@ def run(
     finally:
         signal.signal(signal.SIGCHLD, previous_child_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask_after)
+
+
+def _tell_of_resharding(data_dir: DataDir, workers: int) -> None:
+    before = data_dir.workers_before
+    if before not in (0, workers):
+        _logger.info("re-sharding: %s was written by %d workers, there are %d now", data_dir.path, before, workers)
+    if data_dir.shard_count > workers:
+        surplus = data_dir.shard_count - workers
+        _logger.info("%d surplus shards run until their members have moved to the others", surplus)
 
 
 def _bodies() -> dict[Role, boot.Body]:
@@ -174,6 +186,7 @@ class _Supervisor:
         limits: RestartLimits | None,
         stop_grace_us: int,
         same_wish_us: int,
+        shard_count: int,
     ) -> None:
         self._config = config
         self._run_dir = run_dir
@@ -182,14 +195,14 @@ class _Supervisor:
         self._stop_grace_us = stop_grace_us
         self._same_wish_us = same_wish_us
         self._pid = os.getpid()
-        self._child_table = ChildTable(config.workers)
+        self._child_table = ChildTable(shard_count)
         self._stop_signals = [number for number in _STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._exit_code: ExitCode | None = None
         self._kill_due_us: int | None = None
         self._first_demand_us: int | None = None
         self._is_killing = False
         self._children = [_Child("manager", 0, 0, "manager", RestartPolicy("the manager", limits))]
-        for index in range(config.workers):
+        for index in range(shard_count):
             policy = RestartPolicy(f"shard {index}", limits)
             self._children.append(_Child("shard", index, 1 + index, f"shard-{index}", policy))
 
@@ -315,8 +328,11 @@ class _Supervisor:
         if self._exit_code is not None:
             _logger.info("%s (process %d) %s", child.title, pid, describe_status(status))
             return
-        level = logging.INFO if status == ExitCode.RESTART_FRESH else logging.WARNING
+        level = logging.INFO if status in (ExitCode.RESTART_FRESH, ExitCode.RETIRED) else logging.WARNING
         _logger.log(level, "%s (process %d) %s", child.title, pid, describe_status(status))
+        if status == ExitCode.RETIRED:
+            self._child_table.retire(child.row)
+            return
         self._decide(child, status)
 
     def _decide(self, child: _Child, status: int) -> None:

@@ -280,15 +280,21 @@ class LocalFleet:
             node.process.kill()
         self._wait_ended(node, processes, deadline_s)
 
-    def restart_node(self, name: str, *, wait: bool = True, deadline_s: float = START_DEADLINE_S) -> LocalNode:
+    def restart_node(
+        self, name: str, *, wait: bool = True, deadline_s: float = START_DEADLINE_S, workers: int | None = None
+    ) -> LocalNode:
         """Start a node that ended once more, with the same name, ports, run directory and options.
 
         Its peers are those it had and all that run now, so that a node that founded the fleet alone finds it again.
+
+        Args:
+            workers: another number of shard workers, at most as many as it was first given: it has ports for so many.
         """
         node = self.nodes[name]
         if node.is_running:
             raise ValueError(f"node {name} runs: stop or kill it before it is restarted")
         node.peers = tuple(dict.fromkeys((*node.peers, *self._peers_for([node]))))
+        node.workers = node.workers if workers is None else workers
         self.launch_node(node.name)
         if wait:
             self._wait_started(node, deadline_s)

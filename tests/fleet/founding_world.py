@@ -17,7 +17,7 @@ import msgpack
 from raftfleet.fleet.founding import Memory, Persist, Send
 from raftfleet.fleet.machine import FleetRefused, FleetState
 from raftfleet.fleet.manager_core import ManagerCore
-from raftfleet.fleet.manager_outputs import Log, ManagerSettings, Reply, ShardCall
+from raftfleet.fleet.manager_outputs import DropShards, Log, ManagerSettings, Reply, ShardCall
 from raftfleet.fleet.reconcile import (
     AddLearner,
     GroupView,
@@ -68,6 +68,7 @@ class WorldNode:
         self.store: bytes | None = None
         self.core: ManagerCore | None = None
         self.shards: list[FakeShard] = []
+        self.placing_count = 0  # of the shards that take members; 0: all
         self.tick_at = 0
 
     @property
@@ -117,21 +118,24 @@ class World:
 
     def _start_manager(self, node: WorldNode) -> None:
         memory = Memory.unpack(node.store) if node.store else Memory(self.rng.getrandbits(62) + 1)
-        settings = ManagerSettings(
-            name=node.name,
-            host="h",
-            port=node.port,
-            public_key="",
-            workers=self.worker_count,
-            peers=self.peers,
-            zone=node.zone,
-            purge_window_us=self.purge_window_us,
-        )
-        node.core = ManagerCore(settings, memory, random.Random(self.rng.getrandbits(64)), self.now_us)
+        node.core = ManagerCore(self._settings(node), memory, random.Random(self.rng.getrandbits(64)), self.now_us)
         node.tick_at = self.now_us
         for index, shard in enumerate(node.shards):
             self.home[shard.instance] = (node, shard)
             self._later(self.rng.randrange(20 * MS), self._tell_info(node, node.core, index, shard))
+
+    def _settings(self, node: WorldNode) -> ManagerSettings:
+        return ManagerSettings(
+            name=node.name,
+            host="h",
+            port=node.port,
+            public_key="",
+            workers=len(node.shards),
+            placing_count=node.placing_count,
+            peers=self.peers,
+            zone=node.zone,
+            purge_window_us=self.purge_window_us,
+        )
 
     def _new_shard(self) -> FakeShard:
         return FakeShard(self.rng.getrandbits(61) + 1)
@@ -214,6 +218,8 @@ class World:
                     self._call_shard(node, core, output)
                 elif isinstance(output, Log):
                     self.logs.append(f"{self.now_us / 1e6:.3f} {node.name} {output.level}: {output.text}")
+                elif isinstance(output, DropShards):
+                    del node.shards[output.kept :]
                 elif isinstance(output, Reply):
                     self.replies[output.token] = (output.code, output.body)
 

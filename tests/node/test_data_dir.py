@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from raftfleet.node.data_dir import DataDir, DataDirRefused, read_layout, retire_shard, shard_dir, write_layout
+from raftfleet.node.data_dir import (
+    DataDir,
+    DataDirRefused,
+    read_layout,
+    retire_shard,
+    shard_dir,
+    was_there,
+    write_layout,
+)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -19,7 +27,7 @@ def test_a_new_directory_is_made_for_its_owner_only_and_knows_its_node(tmp_path:
     path = tmp_path / "deep" / "data"
     DataDir.acquire(path, node="n1", workers=3).release()
     assert path.stat().st_mode & 0o777 == 0o700
-    assert read_layout(path) == {"format": 1, "node": "n1", "workers": 3}
+    assert read_layout(path) == {"format": 1, "node": "n1", "workers": 3, "shards": 0}
 
 
 def test_it_opens_again_for_the_same_node(tmp_path: Path) -> None:
@@ -27,18 +35,54 @@ def test_it_opens_again_for_the_same_node(tmp_path: Path) -> None:
         DataDir.acquire(tmp_path / "d", node="n1", workers=2).release()
 
 
-@pytest.mark.parametrize(
-    ("node", "workers", "words"),
-    [("n2", 2, "belongs to node 'n1'"), ("n1", 3, "was written by 2 workers, this node is to have 3")],
-)
-def test_another_node_or_shape_is_refused_and_nothing_changes(
-    tmp_path: Path, node: str, workers: int, words: str
-) -> None:
+def test_another_node_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     DataDir.acquire(tmp_path / "d", node="n1", workers=2).release()
     before = contents(tmp_path)
-    with pytest.raises(DataDirRefused, match=words):
-        DataDir.acquire(tmp_path / "d", node=node, workers=workers)
+    with pytest.raises(DataDirRefused, match="belongs to node 'n1'"):
+        DataDir.acquire(tmp_path / "d", node="n2", workers=3)
     assert contents(tmp_path) == before
+
+
+def started(path: Path, workers: int) -> tuple[int, int, list[bool]]:
+    """Start and stop a node: shards that must run, workers before, and which of the shards are known to have been."""
+    data = DataDir.acquire(path, node="n1", workers=workers)
+    known = [was_there(path, index) for index in range(data.shard_count)]
+    for index in range(data.shard_count):
+        shard_dir(path, index).mkdir(exist_ok=True)
+    data.release()
+    return data.shard_count, data.workers_before, known
+
+
+def test_more_workers_get_new_shards_beside_those_that_are_there(tmp_path: Path) -> None:
+    assert started(tmp_path, 2) == (2, 0, [False, False])
+    assert started(tmp_path, 2) == (2, 2, [True, True])
+    assert started(tmp_path, 4) == (4, 2, [True, True, False, False])
+    assert started(tmp_path, 4) == (4, 4, [True] * 4)
+
+
+def test_fewer_workers_leave_every_shard_that_has_a_directory_to_run(tmp_path: Path) -> None:
+    started(tmp_path, 3)
+    assert started(tmp_path, 1) == (3, 3, [True] * 3)
+    assert started(tmp_path, 1)[:2] == (3, 1), "as long as its directory is there"
+    for index in (1, 2):
+        retire_shard(tmp_path, index, 70 + index)
+    assert started(tmp_path, 1) == (1, 1, [True])
+    assert started(tmp_path, 2) == (2, 1, [True, False])
+
+
+def test_a_start_that_was_cut_short_changes_nothing_about_which_shards_are_new(tmp_path: Path) -> None:
+    started(tmp_path, 2)
+    for _ in range(2):  # killed before its shards have begun
+        data = DataDir.acquire(tmp_path, node="n1", workers=4)
+        assert [was_there(tmp_path, index) for index in range(data.shard_count)] == [True, True, False, False]
+        data.release()
+
+
+def test_a_shard_whose_directory_was_lost_is_told_from_a_new_one(tmp_path: Path) -> None:
+    started(tmp_path, 2)
+    started(tmp_path, 2)
+    retire_shard(tmp_path, 1, 7)
+    assert started(tmp_path, 2) == (2, 2, [True, True])
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -64,9 +108,8 @@ def test_a_damaged_layout_is_refused_by_name(tmp_path: Path, text: str) -> None:
 def test_a_lost_layout_is_made_again_from_the_shards_that_are_there(tmp_path: Path) -> None:
     shard_dir(tmp_path, 0).mkdir()
     shard_dir(tmp_path, 1).mkdir()
-    with pytest.raises(DataDirRefused, match="was written by 2 workers"):
-        DataDir.acquire(tmp_path, node="n1", workers=1)
-    DataDir.acquire(tmp_path, node="n1", workers=2).release()
+    assert started(tmp_path, 1)[0] == 2
+    assert read_layout(tmp_path) == {"format": 1, "node": "n1", "workers": 1, "shards": 2}
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
@@ -92,7 +135,7 @@ def test_a_file_is_no_data_directory(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_left_is_put_aside_and_only_the_newest_is_kept(tmp_path: Path) -> None:
-    write_layout(tmp_path, node="n1", workers=1)
+    write_layout(tmp_path, node="n1", workers=1, shards=1)
     for instance in (1, 2):
         shard_dir(tmp_path, 0).mkdir()
         (shard_dir(tmp_path, 0) / "x").write_text(str(instance))
