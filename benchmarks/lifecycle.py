@@ -38,7 +38,7 @@ def adding(counts: list[int]) -> Iterator[dict[str, Any]]:
         times: list[float] = []
         for number in range(200):
             began_s = time.perf_counter()
-            client.add_consensus_group(f"single{number}", 3, raftfleet.GroupConfig(MACHINE))
+            client.add_consensus_group(f"single{number}", 3, raftfleet.GroupConfig(MACHINE), timeout=60.0)
             times.append(time.perf_counter() - began_s)
         p99_ms = sorted(times)[int(len(times) * 0.99)] * 1000
         yield row("adding one group, p50", statistics.median(times) * 1000, "ms", p99_ms=round(p99_ms, 2))
@@ -60,7 +60,7 @@ def failover(count: int, in_flight: int) -> Iterator[dict[str, Any]]:
             client.tell(job)
             client.answer()
             began_s = time.perf_counter()
-            system.fleet.kill_node("n3")
+            system.fleet.kill_node("n3", deadline_s=60)
             client.tell(job)
             answer = client.answer(300.0)
             took_s = time.perf_counter() - began_s

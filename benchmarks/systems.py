@@ -169,11 +169,12 @@ class Raftfleet(System):
         """A group whose reads use the leader's lease, led where the first group is led."""
         if not self._lease_group:
             client = self.fleet.connect("n1")
-            client.add_consensus_group("leased", 3, raftfleet.GroupConfig(MACHINE, clock_drift_margin=LEASE_DRIFT))
+            config = raftfleet.GroupConfig(MACHINE, clock_drift_margin=LEASE_DRIFT)
+            client.add_consensus_group("leased", 3, config, timeout=60.0)
             leader = self.leader()
             self._lease_group = "leased"
-            wait_for(lambda: client.whereis_leader("leased"), "a leader")
-            client.replace_leader("leased", leader)
+            if wait_for(lambda: client.whereis_leader("leased"), "a leader").node != leader:
+                client.replace_leader("leased", leader, timeout=60.0)
             wait_for(lambda: client.whereis_leader("leased").node == leader, "the leader to move")
         return self._lease_group
 
