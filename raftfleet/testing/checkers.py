@@ -157,6 +157,8 @@ class ClusterChecker:
                 known = committed[index - 1]
                 if known is None:
                     committed[index - 1] = entry
+                    if entry.kind == CONFIG and index > (table.configs[-1][0] if table.configs else 0):
+                        self._check_config(uid, index, entry, table)
                 elif known != entry:
                     raise Violation(
                         f"state machine safety: group {uid} index {index} was committed in term {_term(known.term)},"

@@ -131,6 +131,37 @@ def test_two_voters_changed_at_once_are_noticed() -> None:
     assert checker.config_count == 4
 
 
+@pytest.mark.parametrize(("voters", "is_right"), [((1,), True), ((1, 2, 3, 4), False)])
+def test_a_configuration_that_is_seen_late_counts_as_the_one_before(voters: tuple[int, ...], is_right: bool) -> None:
+    """Its leader left with the step that committed it, and the first to be seen beyond it had compacted it."""
+
+    def with_voters(*rows: tuple[int, ...]) -> Any:
+        m = member([1])
+        for voters in rows:
+            m.log.append(Entry(1, CONFIG, Membership.first(voters).pack()))
+        m.log.append(Entry(1, COMMANDS, b""))
+        m.commit = m.applied = m.log.last_index
+        return touch(m)
+
+    checker = ClusterChecker()
+    begun = member([1])
+    begun.log.append(Entry(1, CONFIG, Membership.first((1, 2, 3)).pack()))
+    begun.commit = begun.applied = 2
+    check(checker, i1=touch(begun))
+    compacted = with_voters((1, 2, 3), (1, 2))
+    compacted.log.compact_to(3)
+    check(checker, i2=compacted)
+    last = with_voters((1, 2, 3), (1, 2))
+    check(checker, i3=last)
+    last.log.append(Entry(1, CONFIG, Membership.first(voters).pack()))
+    last.commit = last.applied = last.log.last_index
+    if is_right:
+        check(checker, i3=touch(last))
+        return
+    with pytest.raises(Violation, match=r"from \(1, 2\) to"):
+        check(checker, i3=touch(last))
+
+
 def test_members_that_differ_in_peace_are_noticed() -> None:
     checker = ClusterChecker()
     same = [(1, member([1, 1], commit=2)), (2, member([1, 1], commit=2))]
