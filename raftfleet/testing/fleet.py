@@ -40,6 +40,7 @@ from raftfleet.testing.checkers import ClusterChecker, HistoryChecker
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US, EventQueue
 from raftfleet.testing.model import GroupRecord, ModelState, RegistersMachine
 from raftfleet.testing.network import DROP, SimNetwork
+from raftfleet.testing.rules import RuleChecker
 from raftfleet.testing.shards import WALL_EPOCH_US
 from raftfleet.testing.sim_client import SimFleetClient
 from raftfleet.testing.sim_worker import Answer, Channel, SimWorker, TableRow
@@ -222,6 +223,7 @@ class SimNode:
             self.workers[index] = None
             worker.die()
             self.fleet.cluster.forget_instance(worker.instance)
+            self.fleet.rules.forget_instance(worker.instance)
 
     def worker_exited(self, worker: SimWorker) -> None:
         """It has left its fleet, and starts afresh."""
@@ -364,7 +366,7 @@ class SimFleet:
         queue: the virtual clock.
         network: between nodes; its ``faults`` and cuts are the test's to set. A place is a node.
         nodes: by name, in order of their start.
-        cluster, history: checkers. ``history`` watches groups of :data:`REGISTERS`.
+        cluster, rules, history: checkers. ``history`` watches groups of :data:`REGISTERS`.
         story: what happened, for a failure's report.
         counts: how often things happened.
         machines: makers of machines that are not imported, by the ``machine`` that a config names.
@@ -379,6 +381,7 @@ class SimFleet:
         self.network = SimNetwork(self.queue, network_rng, self.options.node_count_max, self._deliver)
         self.nodes: dict[str, SimNode] = {}
         self.cluster = ClusterChecker()
+        self.rules = RuleChecker(self.member_of, self.is_lost, self._local_us)
         self.history = HistoryChecker()
         self.fleet_id = b""
         self.story: list[str] = []
@@ -617,6 +620,23 @@ class SimFleet:
         """All workers that run."""
         return [w for node in self.nodes.values() for w in node.workers if w is not None]
 
+    def worker_of(self, instance: int) -> SimWorker | None:
+        """The worker that is this instance, if it runs."""
+        return next((worker for worker in self.live_workers() if worker.instance == instance), None)
+
+    def member_of(self, instance: int, uid: int) -> Any:
+        """The member of a group at an instance; None if there is none."""
+        worker = self.worker_of(instance)
+        return worker.host.shard.members.get(uid) if worker is not None else None
+
+    def is_lost(self, instance: int) -> bool:
+        """Whether an instance is gone for good: what died has lost its memory."""
+        return self.worker_of(instance) is None
+
+    def _local_us(self, instance: int) -> int:
+        worker = self.worker_of(instance)
+        return worker.clock.local_us(self.queue.now_us) if worker is not None else 0
+
     def members_of(self, uid: int) -> list[tuple[SimWorker, Any]]:
         """Every living member of a group."""
         return [(w, w.host.shard.members[uid]) for w in self.live_workers() if uid in w.host.shard.members]
@@ -745,6 +765,8 @@ class SimFleet:
     def sent(self, worker: SimWorker, instance: int, messages: list[Any]) -> None:
         """Check what a worker sends."""
         self.cluster.check_sends(worker.instance, instance, messages)
+        if self.options.is_checked:
+            self.rules.sent(worker.instance, instance, messages)
 
     def stepped(self, worker: SimWorker) -> None:
         """Check what a turn can have touched."""
@@ -755,6 +777,8 @@ class SimFleet:
             assert not told, f"members were found to differ: {worker.notes[-5:]}"
         if self.options.is_checked:
             self.cluster.check_members(worker.instance, shard.members)
+            self.rules.stepped(worker.instance, shard.members)
+            self.history.raise_found()
 
     def tell(self, text: str) -> None:
         """Add a line to the story."""

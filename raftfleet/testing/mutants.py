@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from raftfleet.testing import mutants_core, mutants_disk
+from raftfleet.testing import mutants_core, mutants_disk, mutants_fleet
+from raftfleet.testing.fleet_simulation import FleetSimulation
 from raftfleet.testing.mutants_table import Mutant
 from raftfleet.testing.mutation import broken
 from raftfleet.testing.profiles import PROFILES
@@ -28,7 +29,9 @@ from raftfleet.testing.simulation import Simulation, SimulationFailure
 SEEDS_MAX = 400
 """Seeds after which a mutant counts as a survivor: four times what the hardest one needs."""
 
-MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in (*mutants_core.MUTANTS, *mutants_disk.MUTANTS)}
+MUTANTS: dict[str, Mutant] = {
+    mutant.name: mutant for mutant in (*mutants_core.MUTANTS, *mutants_disk.MUTANTS, *mutants_fleet.MUTANTS)
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,10 @@ def play(name: str, seeds_max: int = SEEDS_MAX) -> Verdict:
 
 def _failure(mutant: Mutant, seed: int) -> SimulationFailure | None:
     try:
-        Simulation(seed, PROFILES[mutant.profile]).run()
+        if mutant.world == "fleet":
+            FleetSimulation(seed).run()
+        else:
+            Simulation(seed, PROFILES[mutant.profile]).run()
     except SimulationFailure as failure:
         return failure
     return None
