@@ -62,10 +62,11 @@ def test_the_demo_verifies_its_claims_within_a_minute() -> None:
     assert took_s < 60.0, f"the demo took {took_s:.0f} s"
 
 
+@pytest.mark.timeout(900)
 def test_the_benchmark_suite_measures_every_part_and_leaves_its_files(tmp_path: Path) -> None:
     done = run(
         sys.executable, str(ROOT / "benchmarks"), "--quick", "--systems", "echo,raftfleet", "--out", str(tmp_path),
-        deadline_s=280.0,
+        deadline_s=840.0,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "result.json").read_text())
