@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from raftfleet.core import replication, roles, snapshots
 from raftfleet.core.codes import NOT_LEADER
+from raftfleet.core.failures import describe
 from raftfleet.core.leaderless import CAMPAIGN_US_PER_GROUP
 from raftfleet.core.member import Member
 from raftfleet.core.membership import Membership
@@ -178,6 +179,25 @@ class DurableShard(Shard):
         facts = [buried.life_term, buried.commit, sorted(buried.members), *buried.log_end, buried.is_lost]
         self.disk.bury(uid, buried.term, buried.vote, buried.life, facts)
         self._recorded.add(uid)
+
+    def remove_group(self, uid: int) -> None:
+        """See :class:`Shard`. What the group had come to is saved first: a removed group's last snapshot is kept."""
+        member = self.members.get(uid)
+        if member is not None:
+            self._keep_last_state(member)
+        super().remove_group(uid)
+
+    def _keep_last_state(self, member: Member) -> None:
+        """Nothing where no command ever ran, or no room is left, or the state cannot be dumped (which is told)."""
+        has_state = member.last_time_us or (member.config.restore is not None and member.restoring is None)
+        if not has_state or self.is_full:
+            return
+        try:
+            index, term, data = member.make_snapshot()
+        except BaseException as error:  # of the user's code
+            self.event("snapshot_failed", member.uid, ": ".join(describe(error)))
+            return
+        self.disk.save_snapshot(member.uid, index, term, data)
 
     def save_removal(self, uid: int) -> None:
         """See :class:`Shard`."""

@@ -67,6 +67,8 @@ from raftfleet.storage.snapshots import TEMPORARY, parse_name, read_data, read_i
 from raftfleet.storage.wal import NO_SPACE, SEGMENT_BYTES, Segment, Wal, segment_name, segment_sequence
 
 SEGMENTS_MAX = 4
+ARCHIVE_FILES_MAX = 1000
+"""Removed groups whose last snapshot is kept, per shard: the oldest make way."""
 FORWARD_PART_BYTES = 64 << 10
 
 
@@ -542,10 +544,17 @@ class ShardStore:
         archive = f"{self.path}/archive"
         files.rename(path, f"{archive}/{name}")
         files.sync_dir(archive)
+        kept: list[tuple[int, str]] = []
         for other in files.listdir(archive):
             its = parse_name(other)
-            if its is not None and its[0] == named[0] and its[1] < named[1]:
+            if its is None:
+                continue
+            if its[0] == named[0] and its[1] < named[1]:
                 files.unlink(f"{archive}/{other}")
+            else:
+                kept.append((its[1], other))
+        for _, oldest in sorted(kept)[:-ARCHIVE_FILES_MAX]:
+            files.unlink(f"{archive}/{oldest}")
 
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""

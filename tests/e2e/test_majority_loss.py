@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from e2e.load import JUST_AN_INT
@@ -120,3 +121,38 @@ def test_repair_shows_what_is_left_asks_first_and_brings_every_group_back(surviv
     back = survivors.connect("n3")
     for number, name in enumerate(GROUPS):
         assert back.query(name, "get", retry=20) == 10 * number
+
+
+def test_repair_goes_on_with_the_only_disk_that_was_not_lost() -> None:
+    with LocalFleet(durable=True) as fleet:
+        fleet.start_nodes({"n1": "z1", "n2": "z2", "n3": "z3"})
+        client = fleet.connect("n1")
+        for number, name in enumerate(GROUPS):
+            client.add_consensus_group(name, 3, JUST_AN_INT)
+            client.command(name, ["set", 10 * number], retry=20)
+            fleet.wait_until(lambda name=name: all_have_everything(client, name), 60.0, f"all of {name} to have it")
+        for name in ("n2", "n3"):
+            fleet.kill_node(name)
+            shutil.rmtree(fleet.nodes[name].options["data_dir"])
+        for name in ("n2", "n3"):
+            fleet.restart_node(name, wait=False)  # with an empty directory: it waits to be let in
+        fleet.wait_until(
+            lambda: set(fleet.call("n1", "repair_plan")["dead"]) == {"n2", "n3"}, 60.0, "the losses to be known"
+        )
+        done = run("repair", "--yes", "--json", run_dir=fleet.nodes["n1"].run_dir, deadline_s=120.0)
+        assert done.returncode == 0, done.stderr
+        assert set(GROUPS) <= set(json.loads(done.stdout)["done"]["recovered"])
+        fleet.wait_active(3, deadline_s=120.0)
+        fleet.wait_settled(of="n1", deadline_s=120.0)
+        for number, name in enumerate(GROUPS):
+            assert client.command(name, "inc", retry=30) == 10 * number
+            (record,) = client.status(name)["audit"]
+            assert record["dead_nodes"] == ["n2", "n3"]
+        for name in ("n1", "n2", "n3"):  # what was repaired is durable, and so is the record of it
+            fleet.kill_node(name)
+        for name in ("n1", "n2", "n3"):
+            fleet.restart_node(name, wait=False)
+        fleet.wait_until(lambda: fleet.status("n1")["state"] == "active", 60.0, "n1 to be active")
+        for number, name in enumerate(GROUPS):
+            assert client.query(name, "get", retry=60) == 10 * number + 1
+            assert len(client.status(name, timeout=30.0)["audit"]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,31 @@ def test_python_copies_a_group_in_one_process(fleet: LocalFleet) -> None:
     with pytest.raises(errors.BeingRestored):
         client.query("broken", "get", retry=0, timeout=5.0)
     client.remove_consensus_group("broken")
+
+
+def test_a_removed_durable_group_comes_back_from_the_archive(tmp_path: Path) -> None:
+    with LocalFleet(durable=True) as fleet:
+        run_dir = fleet.start_nodes(THREE_NODES_IN_THREE_ZONES)[0].run_dir
+        client = fleet.connect("n1")
+        client.add_consensus_group("number", 3, NUMBER)
+        client.command("number", ["set", 7], retry=20)
+        client.remove_consensus_group("number")
+        data_dir = fleet.nodes["n1"].options["data_dir"]
+        fleet.wait_until(
+            lambda: len(list(data_dir.glob("shard-*/archive/*.snap"))) == 1, 60.0, "the archive to be there"
+        )
+        listed = [json.loads(line) for line in run("wal", "ls", "--json", str(data_dir)).stdout.splitlines()]
+        (row,) = [row for row in listed if row["file"].startswith("archive/")]
+        assert row["name"] == "number"
+        file = data_dir / row["shard"] / row["file"]
+        refused = run("restore", str(file), run_dir=run_dir)
+        assert refused.returncode == 2 and "--machine" in refused.stderr
+        done = run("restore", str(file), "--machine", NUMBER.machine, run_dir=run_dir)
+        assert done.returncode == 0, done.stderr
+        assert client.query("number", "get", retry=20) == 7
+        for name in THREE_NODES_IN_THREE_ZONES:
+            fleet.kill_node(name)
+        for name in THREE_NODES_IN_THREE_ZONES:
+            fleet.restart_node(name, wait=False)
+        fleet.wait_until(lambda: fleet.status("n2")["state"] == "active", 60.0, "n2 to be active")
+        assert fleet.connect("n2").query("number", "get", retry=60) == 7, "the restored state is durable"
