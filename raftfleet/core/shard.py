@@ -118,6 +118,8 @@ class Shard:
 
     is_full = False
     """Whether nothing more can be saved for lack of space (durable shards only): nothing new is taken on then."""
+    first_seq = 0
+    """Beats count from here: a shard that comes back as the same instance begins above all that it ever counted."""
 
     def __init__(self, instance: int, rng: random.Random, settings: ShardSettings | None = None) -> None:
         self.instance = instance
@@ -590,6 +592,7 @@ class Shard:
         link = self.links.get(peer)
         if link is None:
             link = self.links[peer] = Link(peer)
+            link.seq = self.first_seq
         return link
 
     def violation(self, member: Member, what: str) -> None:

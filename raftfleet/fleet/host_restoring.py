@@ -7,6 +7,8 @@ This module reads no file: what was found is handed in. Rules:
 * What the code here cannot work with stays on the disk as it is (it *rests*), and is tried again now and then.
 * A member whose data are damaged is given up, and said to be lost: its group's leader removes it, and adds it again if
   it is wanted here.
+* The instance is the same, its memory is not: numbers by which others know its messages (requests, beats) begin above
+  all that it ever used, or an answer to its former self would be taken for one to a new request.
 * Who is where was known before: without it, nobody could be asked for a vote.
 """
 
@@ -24,6 +26,7 @@ from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host_calls import CallLayer
 
 ADDRESSES_NOTE = "addresses"
+STARTS_NOTE = "starts"
 LoadState = Callable[[Any], bytes]
 """Snapshot info (or None) -> its data."""
 
@@ -40,6 +43,7 @@ class RestoringLayer(CallLayer):
         """
         shard = self.shard
         assert isinstance(shard, DurableShard)
+        self._begin_above(1 + msgpack.unpackb(found.notes.get(STARTS_NOTE, b"\x00")))
         if any(found.fleet):
             self.set_fleet(found.fleet)
         for instance, endpoint, public_key in msgpack.unpackb(found.notes.get(ADDRESSES_NOTE, b"\x90")):
@@ -54,6 +58,17 @@ class RestoringLayer(CallLayer):
         self._load_state = load
         for stored in sorted(found.groups, key=lambda group: group.uid == FLEET_UID):
             self._restore_group(stored, len(found.groups))
+
+    def _begin_above(self, starts: int) -> None:
+        """Number requests and beats as the ``starts``-th process of this instance. Saved before any of them leaves.
+
+        Should there be no room for that, the next process counts from the same start: the random part tells them apart.
+        """
+        assert self.disk is not None
+        self.disk.save_note(STARTS_NOTE, bytes(msgpack.packb(starts)))
+        self.disk.sync()
+        self._next_id = starts << 40 | self.rng.getrandbits(20) << 20 | 1
+        self.shard.first_seq = starts << 40 | self.rng.getrandbits(20) << 20
 
     def _restore_group(self, stored: Any, count: int) -> None:
         shard = self.shard

@@ -7,6 +7,7 @@ from typing import Any
 
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.durable import DurableShard
+from raftfleet.core.host_messages import RPC_ANSWER, RpcAnswer
 from raftfleet.core.messages import NOOP, Append, Entry
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host import Host, HostSettings, Outputs
@@ -215,3 +216,25 @@ def test_what_is_answered_to_other_workers_waits_for_the_disk_too() -> None:
     assert not node.shard.is_saved
     assert "the answer" in [m for messages in node.host.persist().values() for m in messages]
     assert node.shard.is_saved
+
+
+def test_the_numbers_of_requests_and_beats_rise_from_one_process_of_an_instance_to_the_next() -> None:
+    node = node_with_groups(*names_of_worker_1(1))
+    seen = []
+    for _ in range(3):
+        seen.append((node.host._next_id, node.shard.link(PEER).seq))
+        node = node.again()
+    assert seen == sorted(seen)
+    assert all(later[0] - earlier[0] > 1 << 38 for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later[1] - earlier[1] > 1 << 38 for earlier, later in zip(seen, seen[1:], strict=False))
+    assert seen[-1][0] < 1 << 62
+
+
+def test_an_answer_to_the_former_process_is_not_taken_for_one_to_a_new_request() -> None:
+    node = node_with_groups(*names_of_worker_1(1))
+    first_id = node.host._next_id
+    node = node.again()
+    answered: list[Any] = []
+    node.host.rpc(PEER, "who_leads", {"uid": 1}, lambda code, body: answered.append(code), 1_000_000)
+    node.host.receive(PEER, [RpcAnswer(RPC_ANSWER, first_id, 0, None)])
+    assert answered == []
