@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raftfleet.errors import ConfigError
@@ -19,6 +19,7 @@ from raftfleet.wire.exported import ExportedState
 STATE = ExportedState(name="g", state=b"\x01", machine_version=1, replicas=5, config={"machine": "m:M"})
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=255))
 def test_every_group_has_a_file_name(group: str) -> None:
     try:
