@@ -54,12 +54,10 @@ class ManagerRemoval(ManagerRpcs):
         Not with data on a disk: leaving gives them up, and what is gone there may be brought back by an operator.
         """
         if self.settings.durable or (self.state is not None and self.state.counter):
-            if not self._trouble:
-                self._trouble = (
-                    "the fleet group has no leader: start the nodes that are missing, or, if they are gone for good, "
-                    "run 'raftfleet-node remove-dead-node NODE' for each"
-                )
-                self._log("warning", self._trouble)
+            trouble = self._why_leaderless()
+            if trouble != self._trouble:
+                self._trouble = trouble
+                self._log("warning", trouble)
             return
 
         # Without a copy of the state, members of groups on this node's shards tell that the fleet holds groups.
@@ -82,6 +80,36 @@ class ManagerRemoval(ManagerRpcs):
         # A guess that is wrong costs what a crash of this node would: the fleet, if it lives, lets it in again.
         if any(size and lost > (size - 1) // 2 for size, lost in losses):
             self._leave("it never held a group, and too many of its nodes are gone for it to go on")
+
+    def _why_leaderless(self) -> str:
+        """Why the fleet group has no leader, as far as this node knows, and what to do.
+
+        Nodes are declared dead for good: that is proposed of none that answers with all that it had.
+        """
+        sentences = ["the fleet group has no leader"]
+        short = [
+            str(index)
+            for index, shard in enumerate(self.shards)
+            if (shard.info.get("disk") or {}).get("state") in ("full", "low")
+        ]
+        if short:
+            sentences.append(
+                f"the disk of this node's shard {', '.join(short)} is full or nearly so, and nobody is elected where "
+                "votes cannot be saved: free some space or add some"
+            )
+        gone = self._provably_gone()
+        missing = {node.name for node in self._known_nodes() if node.instances[0] in gone} | set(self.unreachable)
+        if missing:
+            sentences.append(
+                f"of {', '.join(sorted(missing))} nothing is heard, or what it held is lost: start the nodes that are "
+                "missing, or, if they are gone for good, run 'raftfleet-node remove-dead-node NODE' for each"
+            )
+        elif not short:
+            sentences.append(
+                "every node that is known answers, so there may be one soon; if not, see 'raftfleet-node status' on "
+                "each of them: a disk that is full, or hangs, keeps its node from voting"
+            )
+        return "; ".join(sentences)
 
     def _all_here(self) -> set[int] | None:
         """Instances of those in this fleet, if everyone who could be in it answers; None if someone is silent."""

@@ -204,6 +204,22 @@ def test_a_fleet_with_groups_waits_for_the_operator() -> None:
     assert "remove-dead-node" in core.status_text
 
 
+def test_without_a_leader_a_full_disk_is_named_and_no_node_that_answers_is_called_missing() -> None:
+    world = settled(3)
+    add_group(world)
+    core = world.nodes[0].core
+    assert core is not None
+    assert "remove-dead-node" not in core._why_leaderless() and "answers" in core._why_leaderless()
+    core.shards[0].info["disk"] = {"state": "full"}
+    why = core._why_leaderless()
+    assert "shard 0 is full" in why and "free some space" in why and "remove-dead-node" not in why
+    world.kill(world.nodes[2])
+    run_until(world, lambda: "n2" in core.unreachable)
+    core.shards[0].info["disk"] = {"state": "ok"}
+    why = core._why_leaderless()
+    assert "of n2 nothing is heard" in why and "remove-dead-node" in why and "full or" not in why
+
+
 def test_peers_that_restart_apart_from_a_living_fleet_found_no_second_one() -> None:
     world = settled(3, extra_count=2)
     apart, rest = world.nodes[:2], world.nodes[2:]
