@@ -188,6 +188,8 @@ def _check_layout(path: Path, node: str, workers: int) -> int:
     before: int = layout["workers"]
     if before == workers:
         shards = max(shards, min(layout["shards"], workers))
+        if not layout["shards"] and (path / "founding").exists():
+            shards = max(shards, workers)  # at the first start there was none, but all of them came up then
     if (before, layout["shards"]) != (workers, shards):
         write_layout(path, node=node, workers=workers, shards=shards)
     return before

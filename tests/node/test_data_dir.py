@@ -143,3 +143,12 @@ def test_a_shard_that_left_is_put_aside_and_only_the_newest_is_kept(tmp_path: Pa
         assert (put_at / "x").read_text() == str(instance)
         assert not shard_dir(tmp_path, 0).exists()
     assert os.listdir(tmp_path / "former") == ["shard-0-0000000000000002"]
+
+
+def test_a_shard_that_was_wiped_after_the_nodes_first_life_is_known_to_have_been_there(tmp_path: Path) -> None:
+    DataDir.acquire(tmp_path, node="n1", workers=2).release()
+    assert not was_there(tmp_path, 0), "a first start has lost nothing"
+    (tmp_path / "founding").write_bytes(b"written when all shards were up")
+    shard_dir(tmp_path, 1).mkdir()
+    DataDir.acquire(tmp_path, node="n1", workers=2).release()
+    assert was_there(tmp_path, 0)
