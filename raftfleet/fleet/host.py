@@ -390,6 +390,8 @@ class Host(RestoringLayer):
             self._reconcile[uid] = None
             if kind == "caught_up":
                 self._catching_up.pop(uid, None)
+            elif kind == "transfer_failed":
+                self._transfer_failed_us[uid] = self.now_us
         elif kind == "leaderless":
             self._lost_leader(uid)
         elif kind == "stepped_down":

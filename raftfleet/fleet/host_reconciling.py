@@ -34,6 +34,8 @@ from raftfleet.fleet.reconcile import (
 LEARNERS_AT_ONCE_MAX = 32
 """Groups led here that may be bringing in a learner at a time: each may cost a snapshot."""
 VERSION_ANSWER_US = 2_000_000
+TRANSFER_RETRY_US = 15_000_000
+"""Commands wait while a leadership is handed over: where nobody took it (no room on its disk), not soon again."""
 PATIENCE_US = 10_000_000
 """A voter of the fleet group unheard for so long makes way for another node."""
 
@@ -167,8 +169,21 @@ class ReconcilingLayer(FollowingLayer):
                 and self.instance in (instance for _, instance in self.fleet.desired(self.fleet.groups[uid]))
             ):
                 return  # an operator chose this leader
+            if self._has_failed_lately(uid):
+                self._reconcile_later[uid] = None
+                return
             member.transfer(step.instance)
             self._reconcile_later[uid] = None
+
+    def _has_failed_lately(self, uid: int) -> bool:
+        """Whether nobody took this leadership over, a short while ago."""
+        failed_us = self._transfer_failed_us.get(uid)
+        if failed_us is None:
+            return False
+        if self.now_us - failed_us < TRANSFER_RETRY_US:
+            return True
+        del self._transfer_failed_us[uid]
+        return False
 
     # ------------------------------------------------------------------ leaving
 
@@ -176,7 +191,7 @@ class ReconcilingLayer(FollowingLayer):
         """Hand each leadership over to the voter that lacks least (under load none is ever quite level)."""
         for member in list(self.shard.members.values()):
             lead = member.lead
-            if lead is None:
+            if lead is None or (self.shard.is_full and self._has_failed_lately(member.uid)):
                 continue
             live = member.live_members()
             heirs = [voter for voter in member.voters if voter in live and voter != self.instance]

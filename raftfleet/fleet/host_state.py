@@ -190,6 +190,7 @@ class HostState(ABC):
         self._next_sweep_us = 0
         self._next_reconcile_us = 0
         self._next_drain_us = 0
+        self._transfer_failed_us: dict[int, int] = {}  # uid -> when a leadership could not be handed over
 
     @property
     def now_us(self) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.durable import DurableShard
 from raftfleet.core.host_messages import RPC_ANSWER, RpcAnswer
+from raftfleet.core.member import Member
 from raftfleet.core.messages import NOOP, Append, Entry
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host import Host, HostSettings, Outputs
 from raftfleet.fleet.machine import FleetState
+from raftfleet.fleet.reconcile import Transfer
 from raftfleet.storage.keeper import load_state, open_keeper
 from raftfleet.testing.disk import FakeFiles
 from raftfleet.testing.machines import JustAnInt
@@ -238,3 +242,18 @@ def test_an_answer_to_the_former_process_is_not_taken_for_one_to_a_new_request()
     node.host.rpc(PEER, "who_leads", {"uid": 1}, lambda code, body: answered.append(code), 1_000_000)
     node.host.receive(PEER, [RpcAnswer(RPC_ANSWER, first_id, 0, None)])
     assert answered == []
+
+
+def test_a_leadership_that_nobody_took_is_not_handed_over_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = names_of_worker_1(1)
+    node = node_with_groups(name)
+    (member,) = node.shard.members.values()
+    tried: list[int] = []
+    monkeypatch.setattr(Member, "transfer", lambda self, target: tried.append(target))
+    node.host._take_step(member, Transfer(PEER))
+    node.host._on_event(("transfer_failed", member.uid))
+    node.host._take_step(member, Transfer(PEER))
+    assert tried == [PEER], "commands wait while a leadership is handed over"
+    node.host.begin(node.now_us + 20_000_000, 0)
+    node.host._take_step(member, Transfer(PEER))
+    assert tried == [PEER, PEER]
