@@ -172,3 +172,18 @@ def test_a_node_that_leaves_puts_its_data_aside_and_may_come_back_as_new(durable
     assert instances(durable)["n4"] != before["n4"]
     assert len(list((durable.nodes["n4"].options["data_dir"] / "former").iterdir())) == 1
     assert_at_rest(durable, {**ZONES, "n4": "z1"}, 3, load)
+
+
+def test_a_node_that_comes_back_alone_reaches_leaders_on_nodes_that_knew_it(durable: LocalFleet) -> None:
+    """Its shards are the same instances as before, and what they ask now must not be taken for what they asked then."""
+    durable.start_nodes(ZONES, workers=1)
+    groups = add_groups(durable, 6)
+    with Load(durable, groups, via=ZONES, pause_s_max=0.01, retry=90) as load:
+        for name in durable.nodes:
+            load.await_progress(30, deadline_s=60.0)
+            durable.kill_node(name)
+            durable.restart_node(name)
+    client = durable.connect(name)
+    for group in groups:
+        assert client.query(group, "get", retry=10) == load.counts[group]
+    assert_at_rest(durable, ZONES, 3, load)
