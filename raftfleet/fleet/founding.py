@@ -26,8 +26,9 @@ again can, have a quorum:
 
 The same proof is asked for every fleet that anyone remembers before a new value is proposed.
 
-A node whose run directory was lost is an acceptor with amnesia: founding is safe as long as no majority of peers loses
-theirs while an earlier fleet lives on.
+A node whose memory was lost is an acceptor with amnesia: founding is safe as long as no majority of peers loses theirs
+while an earlier fleet lives on. Against that, too, there is patience: while a peer is silent, no new fleet is proposed
+for :data:`PATIENCE_US`, and one that lives and is in a fleet answers within that, and is joined instead.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ Ballot: TypeAlias = tuple[int, int]
 
 NO_BALLOT: Ballot = (0, 0)
 FOUNDING_VOTERS_MAX = 5
+PATIENCE_US = 3_000_000
+"""A node that was there before connects anew to one that came back within a second, and a random part of one."""
 _FORMAT = 1
 
 
@@ -179,6 +182,8 @@ class Founding:
         proposer: a number that no other process ever used (the manager's random instance).
         grant_us: how long a promise keeps other candidates out.
         round_us: how long a candidate waits for its round to end.
+        gather_us: how long it waits for more answers than it needs, and when it asks again.
+        patience_us: for so long after this process began to ask it proposes no new fleet while a peer is silent.
     """
 
     def __init__(
@@ -191,6 +196,7 @@ class Founding:
         grant_us: int = 1_000_000,
         round_us: int = 2_000_000,
         gather_us: int = 200_000,
+        patience_us: int = PATIENCE_US,
     ) -> None:
         self.address = address
         self.peers = tuple(sorted(set(peers))) or (address,)
@@ -202,6 +208,8 @@ class Founding:
         self._grant_us = grant_us
         self._round_us = round_us
         self._gather_us = min(gather_us, round_us // 4)
+        self._patience_us = patience_us
+        self._asking_since_us = -1
         self._digest = hash64(repr(self.peers).encode()) >> 1
         self._granted_to = NO_BALLOT
         self._grant_until_us = 0
@@ -350,6 +358,8 @@ class Founding:
             self._outputs.append(Chosen(attempt.value))
 
     def _begin(self, now_us: int, record: NodeRecord) -> None:
+        if self._asking_since_us < 0:
+            self._asking_since_us = now_us
         self._highest_round += 1
         ballot = (self._highest_round, self._proposer)
         seq = self._rng.getrandbits(62) & ~1
@@ -383,6 +393,8 @@ class Founding:
         if value is None:
             if not self._others_are_dead(attempt, record):
                 return
+            if len(attempt.answered) < len(self.peers) and now_us < self._asking_since_us + self._patience_us:
+                return  # who is silent may be in a fleet that those who answer have forgotten
             value = self._new_value(attempt)
             if value is None:
                 return

@@ -35,8 +35,9 @@ def record(port: int, instance: int | None = None, store: int | None = None, inc
     return NodeRecord(f"n{port}", "z", "h", port, "", (instance or port * 10,), incarnation, store or port)
 
 
-def founding(port: int = 1, memory: Memory | None = None) -> Founding:
-    return Founding(("h", port), PEERS, memory or Memory(port), random.Random(port), port)
+def founding(port: int = 1, memory: Memory | None = None, patience_us: int = 0) -> Founding:
+    rng = random.Random(port)
+    return Founding(("h", port), PEERS, memory or Memory(port), rng, port, patience_us=patience_us)
 
 
 def value(*voters: NodeRecord, fleet: bytes = b"f" * 16) -> FoundingValue:
@@ -112,6 +113,29 @@ def test_those_who_have_another_list_of_peers_do_not_vote_together() -> None:
     acceptor = founding(2)
     acceptor.on_prepare(0, Prepare(PREPARE, record(1), 1, 1, acceptor._digest ^ 1), record(2))
     assert acceptor.take_outputs() == [] and "another list of --peers" in acceptor.status
+
+
+def test_no_new_fleet_is_proposed_while_a_peer_is_silent_that_may_still_answer() -> None:
+    """Two of three that lost their memories would found a second fleet, and the third is in the first."""
+    candidate = founding(patience_us=3 * SECOND)
+    asked = prepare(candidate)
+    assert proposed(candidate, promise(asked, record(1)), promise(asked, record(2))) == []
+    candidate.tick(11 * SECOND + 900_000, record(1))
+    assert sent(candidate, ACCEPT) == []
+    candidate.tick(12 * SECOND + 100_000, record(1))  # that round is over; patience is counted from its beginning
+    asked = prepare(candidate, 13 * SECOND)
+    (chosen,) = proposed(candidate, promise(asked, record(1)), promise(asked, record(2)), now_us=13 * SECOND + 500_000)
+    assert [voter.port for voter in chosen.voters] == [1, 2]
+
+
+def test_patience_is_not_needed_where_all_answer_or_a_value_was_accepted_before() -> None:
+    candidate = founding(patience_us=3 * SECOND)
+    asked = prepare(candidate)
+    assert proposed(candidate, *(promise(asked, record(port)) for port in (1, 2, 3)))
+    candidate = founding(patience_us=3 * SECOND)
+    asked = prepare(candidate)
+    old = value(record(1), record(2))
+    assert proposed(candidate, promise(asked, record(1), old), promise(asked, record(2))) == [old]
 
 
 def test_a_majority_of_promises_is_needed() -> None:
