@@ -54,6 +54,9 @@ INLINE_BYTES_MAX = 256 << 10
 LOOK_US = 200_000
 RETRY_SNAPSHOT_US = 10_000_000
 NOTES_KEPT_MAX = 100
+SAY_AGAIN_US = 300_000_000
+"""A problem that goes on is said when it begins and once in five minutes: it is met a few times a second."""
+LOOK_AT_SPACE_US = 5_000_000
 NEVER_US = 1 << 62
 
 BeginSnapshot = Callable[["Member", int], bool]
@@ -89,6 +92,8 @@ class Keeper:
         self._failed_due_us = NEVER_US
         self._has_more_work = False
         self._state = store.state
+        self._said_us: dict[str, int] = {}  # problem -> when it was last said
+        self._space_us = 0
 
     # ------------------------------------------------------------------ what the shard saves: collected by the store
 
@@ -186,9 +191,11 @@ class Keeper:
                 self.watch(False)
             if store.state is DiskState.FULL:
                 self._retry_us = now_us + FULL_RETRY_US
-        for problem in store.problems:
-            self._note("warning", problem)
-        store.problems.clear()
+        if now_us >= self._space_us:
+            # Others fill a disk too, long before this shard wants its next segment.
+            self._space_us = now_us + LOOK_AT_SPACE_US
+            store.look_at_space()
+        self._say_problems(now_us)
         if store.state is not self._state:
             self._say_state(store.state)
 
@@ -221,6 +228,16 @@ class Keeper:
             deadline_us = min(deadline_us, self._changed_us + MARK_AFTER_US)
         return self.now_us if self._has_more_work and self.store.state is not DiskState.FULL else deadline_us
 
+    def _say_problems(self, now_us: int) -> None:
+        said_us = self._said_us
+        for problem in self.store.problems:
+            if now_us >= said_us.get(problem, -SAY_AGAIN_US) + SAY_AGAIN_US:
+                if len(said_us) >= NOTES_KEPT_MAX:
+                    said_us.clear()
+                said_us[problem] = now_us
+                self._note("warning", problem)
+        self.store.problems.clear()
+
     def _say_state(self, state: DiskState) -> None:
         self._state = state
         path = self.store.path
@@ -229,6 +246,7 @@ class Keeper:
         elif state is DiskState.FULL:
             self._note("error", f"{path}: no space left: commands are refused until there is; free some or add some")
         elif state is DiskState.OK:
+            self._said_us.clear()  # what begins anew is said anew
             self._note("info", f"{path}: there is space again")
 
     def _note(self, level: str, text: str) -> None:

@@ -130,6 +130,7 @@ class ShardStore:
         self._low_bytes = low_bytes
         self._segments_max = segments_max
         self._low = False
+        self._was_refused = False  # space was asked for and not given, whatever the file system says is free
         self._tombstones: dict[int, tuple[Tombstone, int]] = {}
         self._notes: dict[str, tuple[bytes, int]] = {}
         self._votes: dict[int, Group] = {}  # term or vote changed since the last sync
@@ -217,7 +218,7 @@ class ShardStore:
         for uid, index, term in resets:
             self.reset(uid, index, term)
         self._add_votes()
-        self._look_at_space()
+        self._look_anew()
         try:
             wal.sync()  # the mark of an empty batch proves the one before, and that the disk takes writes
         except StorageFull:
@@ -583,6 +584,7 @@ class ShardStore:
         group = self.groups[info.uid]
         group.snapshots.append(info)
         group.log_bytes = 0
+        self._was_refused = False
         wal = self._wal
         while len(group.snapshots) > 2:
             wal.guard(self.files.unlink, group.snapshots.pop(0).path)
@@ -604,7 +606,7 @@ class ShardStore:
         if error.errno not in NO_SPACE:
             wal.poison(what)
             return StoragePoisoned(wal.why)
-        self._low = True
+        self._low = self._was_refused = True
         with contextlib.suppress(OSError):
             self.files.unlink(f"{self.path}/snapshots/{snapshot_name(uid, generation)}{TEMPORARY}")
         return StorageFull(what)
@@ -644,9 +646,9 @@ class ShardStore:
         try:
             if wal.state is DiskState.FULL:
                 wal.try_space()
-                self._look_at_space()
+                self._look_anew()
             if wal.wants_spare:
-                self._look_at_space()
+                self._look_anew()
                 wal.prepare()
                 return True
             segments = wal.segments
@@ -661,7 +663,7 @@ class ShardStore:
                 self._copied_batch = 0
                 wal.drop_oldest()
                 self._forget_truncations(oldest.last_batch)
-                self._look_at_space()
+                self._look_anew()
                 return True
             if self._copied_batch:
                 return False  # waits for the sync
@@ -671,7 +673,7 @@ class ShardStore:
                 self._copy = self._copy_forward(oldest)
             return self._go_on_copying(bytes_max)
         except StorageFull as error:
-            self._low = True
+            self._low = self._was_refused = True
             self.problems.append(str(error))
             return False
 
@@ -693,9 +695,14 @@ class ShardStore:
             if not rows:
                 del self._truncations[uid]
 
-    def _look_at_space(self) -> None:
+    def _look_anew(self) -> None:
+        self._was_refused = False
+        self.look_at_space()
+
+    def look_at_space(self) -> None:
+        """See whether space runs out: one ``statvfs``. Done besides with whatever gains or gives back a segment."""
         try:
-            self._low = self.files.free_bytes(self.path) < self._low_bytes
+            self._low = self._was_refused or self.files.free_bytes(self.path) < self._low_bytes
         except OSError:
             self._low = True
 

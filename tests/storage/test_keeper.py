@@ -172,7 +172,7 @@ def test_a_shard_at_rest_marks_its_log_once() -> None:
     node.files.log.clear()
     for _ in range(10):
         node.turn(rest=True, us=1_000_000)
-    assert node.files.log == []
+    assert not [line for line in node.files.log if not line.startswith("free_bytes")]
     assert node.keeper.next_deadline_us() > node.now_us + 3_600_000_000, "nothing wakes it"
 
 
@@ -216,6 +216,54 @@ def test_room_is_looked_for_a_few_times_a_second_and_what_waited_is_saved() -> N
     assert not node.shard.is_full
     node.files.crash(keep=0.0)
     assert Node(node.files).member.log.last_index == 2
+
+
+def test_a_disk_without_room_for_a_segment_is_said_once_and_not_with_every_try() -> None:
+    node = Node()
+    node.files.plan = lambda number, name: ENOSPC if name == "fallocate" else None
+    node.write(40)
+    node.keeper.store._wal._spare = None
+
+    def said(turns: int) -> list[str]:
+        node.keeper.notes.clear()
+        for _ in range(turns):
+            node.turn(rest=True, us=keeper_rules.FULL_RETRY_US)
+        return [text for _, text in node.keeper.notes]
+
+    first, refused = said(100), node.files.calls
+    assert len([text for text in first if text.startswith("no space left in /d/wal")]) <= 1
+    assert node.keeper.status()["state"] == "low"
+    assert said(100) == []
+    assert node.files.calls - refused >= 100, "it is tried all the same"
+    node.now_us += keeper_rules.SAY_AGAIN_US
+    (again,) = said(1)
+    assert again.startswith("no space left in /d/wal"), "so that it is not forgotten"
+    node.files.plan = lambda number, name: None
+    said(4)
+    assert node.keeper.status()["state"] == "ok"
+    node.files.plan = lambda number, name: ENOSPC if name == "fallocate" else None
+    node.keeper.store._wal._spare = None
+    assert len([text for text in said(10) if text.startswith("no space left in /d/wal")]) == 1, "it begins anew"
+
+
+def test_a_disk_that_others_fill_is_low_though_this_shard_wants_no_segment() -> None:
+    node = Node()
+    node.keeper.store._low_bytes = 1 << 20
+    node.write(1)
+    for _ in range(3):
+        node.turn(rest=True, us=keeper_rules.LOOK_AT_SPACE_US)
+    assert node.keeper.status()["state"] == "ok"
+    node.files.capacity_bytes = node.files.used_bytes() + 1000
+    node.turn(rest=True, us=keeper_rules.LOOK_AT_SPACE_US)
+    assert node.keeper.status()["state"] == "low"
+    assert any("space runs out" in text for _, text in node.keeper.notes)
+    before = node.files.calls
+    for _ in range(100):
+        node.turn(rest=True)
+    assert node.files.calls - before <= 8, "it is looked at now and then, not with every turn"
+    node.files.capacity_bytes = 1 << 40
+    node.turn(rest=True, us=keeper_rules.LOOK_AT_SPACE_US)
+    assert node.keeper.status()["state"] == "ok"
 
 
 def test_the_watch_is_told_around_every_wait_for_the_disk() -> None:
