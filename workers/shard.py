@@ -457,7 +457,9 @@ def open_data(context: ChildContext) -> tuple[Keeper | None, RecoveredShard | No
     deadline_us = monotonic_us() + LOCK_WAIT_US
     while True:
         try:
-            keeper, found = open_keeper(path, node=config.name, new_instance=secrets.randbits(62) + 1)
+            keeper, found = open_keeper(
+                path, node=config.name, new_instance=secrets.randbits(62) + 1, shard=context.index
+            )
             break
         except StorageLocked:  # a child that the former worker forked for a snapshot dies with it, but not before it
             if monotonic_us() > deadline_us:

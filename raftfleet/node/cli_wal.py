@@ -157,7 +157,10 @@ def verify(directory: Path, as_json: bool) -> None:
     from raftfleet.storage.base import StorageError
 
     reports: list[dict[str, Any]] = []
-    for name, path in _shards(directory):
+    missing = _missing(directory)
+    for row in missing:
+        _print_line(row) if as_json else _print_report(row)
+    for name, path in _shards(directory) if not missing or inspect.shard_directories(str(directory)) else ():
         try:
             report = inspect.verify(path)
         except StorageError as error:
@@ -165,12 +168,42 @@ def verify(directory: Path, as_json: bool) -> None:
         report = {"shard": name, **report}
         reports.append(report)
         _print_line(report) if as_json else _print_report(report)
-    if not all(report["ok"] for report in reports):
-        say(
-            "Next: keep a copy of the directory. A start refuses the groups that are named, and their members come "
-            "back from the other nodes: see docs/storage.md."
+    if missing or not all(report["ok"] for report in reports):
+        refused = any(damage["uid"] is not None for report in reports for damage in report["damaged"])
+        what_then = (
+            "A start refuses the groups that are named, and their members come back from the other nodes"
+            if refused
+            else "No group is named, so no member is refused because of its own records"
         )
+        say(f"Next: keep a copy of the directory. {what_then}: see docs/storage.md.")
         click.get_current_context().exit(EXIT_FAILED)
+
+
+def _missing(directory: Path) -> list[dict[str, Any]]:
+    """Reports of the shards whose directories should be there by the word of the node's layout."""
+    from raftfleet.node.data_dir import LAYOUT_NAME, DataDirRefused, read_layout, shard_indexes
+
+    if not directory.is_dir() or not (directory / LAYOUT_NAME).is_file():
+        return []  # one shard, or a copy of some
+    try:
+        layout = read_layout(directory)
+    except DataDirRefused as error:
+        return [_lost_report(LAYOUT_NAME, str(error))]
+    assert layout is not None
+    # Noted at the second start; but no node remembers a fleet before all of its shards have begun.
+    count = layout["shards"] or (layout["workers"] if (directory / "founding").exists() else 0)
+    return [
+        _lost_report(
+            f"shard-{index}",
+            f"{directory}/shard-{index} is missing; a start makes an empty one, and what it held comes back only from "
+            "the other nodes",
+        )
+        for index in sorted(set(range(count)) - set(shard_indexes(directory)))
+    ]
+
+
+def _lost_report(name: str, what: str) -> dict[str, Any]:
+    return {"shard": name, "ok": False, "damaged": [{"uid": None, "what": what}], "groups": [], "torn_tail_bytes": 0}
 
 
 def _print_report(report: dict[str, Any]) -> None:

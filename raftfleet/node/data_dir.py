@@ -10,7 +10,7 @@
     DIR/former/shard-I-N     what instance N of shard I held when the node left its fleet; only the newest per shard
 
 Everything is checked before the first child starts, and nothing is changed in a directory that is refused. A shard's
-own directory says besides which node and fleet it belongs to: one that was swapped with another node's is refused when
+own directory says besides which node, fleet and shard it belongs to: one that was swapped with another is refused when
 the shard opens it.
 """
 

@@ -129,6 +129,7 @@ class Damage:
 
     ``uid`` is None where it cost no member anything (a spare copy did the job); otherwise the member of that uid is
     refused: it must be buried and rejoin as new. ``life``: the highest known to have been its, -1 if none is known.
+    ``cost``: what it means, where ``uid`` is None.
     """
 
     uid: int | None
@@ -137,9 +138,10 @@ class Damage:
     term: int = 0
     vote: int = 0
     life: int = -1
+    cost: str = "no group is affected"
 
     def __str__(self) -> str:
-        whom = "no group is affected" if self.uid is None else f"group {self.uid:#x} is refused"
+        whom = self.cost if self.uid is None else f"group {self.uid:#x} is refused"
         return f"{self.where}: {self.what}; {whom}"
 
 

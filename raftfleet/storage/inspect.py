@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,10 @@ from raftfleet.storage.records import (
 from raftfleet.storage.recovery import Replay, Replayed
 from raftfleet.storage.scan import BadRecord, Batch, Lost, scan_segment
 from raftfleet.storage.snapshots import parse_name, read_info
+from raftfleet.storage.store import noted_shard
 from raftfleet.storage.wal import segment_sequence
+
+_SHARD_NAME = re.compile(r"shard-(\d+)")
 
 
 def shard_directories(path: str) -> list[tuple[str, str]]:
@@ -156,13 +160,17 @@ def verify(path: str, files: Files | None = None) -> dict[str, Any]:
         replay.take_segment(data, sequence, first_batch, header_whole=read_header(data)[1])
     replay.finish()
     infos, problems, archive_problems = _read_snapshots(files, path, replay)
+    noted, named = noted_shard(replay), _SHARD_NAME.fullmatch(os.path.basename(os.path.abspath(path)))
+    misplaced = []
+    if noted is not None and named and int(named[1]) != noted:
+        misplaced = [f"{path} is that of shard {noted}: directories were exchanged or renamed, and a start refuses it"]
     rows = []
     for uid, group in sorted(replay.groups.items()):
         row = _member_row(replay, group, infos.get(uid, []), problems.get(uid, []))
         if row is not None:
             rows.append(row)
     damaged = [{"uid": damage.uid, "what": str(damage)} for damage in replay.damaged]
-    damaged += [{"uid": None, "what": problem} for problem in archive_problems]
+    damaged += [{"uid": None, "what": problem} for problem in [*misplaced, *archive_problems]]
     return {
         "ok": not damaged,
         "instance": replay.instance,

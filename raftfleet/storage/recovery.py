@@ -250,7 +250,8 @@ class Replay:
 
     def _lost(self, where: str, lost: Lost) -> None:
         what = f"batches {lost.first} to {lost.stop - 1} are damaged beyond telling whose they were"
-        self._harmless(where, what + ", so every group that was there by then is refused")
+        cost = "the groups of which something may be lost with them are refused, and named besides"
+        self.damaged.append(Damage(None, where, what, cost=cost))
         for group in self.groups.values():
             group.doubts.append((where, what))
 

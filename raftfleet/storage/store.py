@@ -72,6 +72,16 @@ ARCHIVE_FILES_MAX = 1000
 FORWARD_PART_BYTES = 64 << 10
 
 
+SHARD_NOTE = "shard"
+"""Which of its node's shards a directory belongs to, in decimal. Those of before it was noted get it when opened."""
+
+
+def noted_shard(replay: recovery_rules.Replay) -> int | None:
+    """The shard whose directory it is, by its own word; None if it does not say."""
+    value, _ = replay.notes.get(SHARD_NOTE, (b"", 0))
+    return int(value) if value.isdigit() else None
+
+
 class Group:
     """What the store itself must know of a member. Batch numbers say in which batch the newest record of a kind is."""
 
@@ -155,6 +165,7 @@ class ShardStore:
         node: str,
         new_instance: int,
         fleet: bytes = NO_FLEET,
+        shard: int | None = None,
         files: Files | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         segments_max: int = SEGMENTS_MAX,
@@ -167,11 +178,12 @@ class ShardStore:
             node: this node's name; the directory must not be another's.
             new_instance: the shard's instance if the directory is new. An existing one keeps its own.
             fleet: the fleet this node belongs to, if it is known already.
+            shard: which of the node's shards this is. It is noted there; a directory of another one is refused.
             low_bytes: free space below which the state is LOW; twice a segment if None.
 
         Raises:
             StorageLocked: another process has it open.
-            ForeignStorage: it is another fleet's or node's, or something else altogether. Nothing was changed.
+            ForeignStorage: it is another fleet's, node's or shard's, or something else altogether. Nothing was changed.
             StorageTooNew: a newer version wrote it. Nothing was changed.
             StorageDamaged: not even whose it is can be read. Nothing was changed.
             StorageFull: there is no room for a first segment.
@@ -195,18 +207,24 @@ class ShardStore:
                 low = 2 * segment_bytes if low_bytes is None else low_bytes
                 store = cls(files, path, wal, lock, low, segments_max)
                 found = RecoveredShard(instance, header is None, known_fleet)
-                store._recover(found, header)
+                store._recover(found, header, shard)
             return store, found
         except BaseException:
             files.close(lock)
             raise
 
-    def _recover(self, found: RecoveredShard, header: SegmentHeader | None) -> None:
+    def _recover(self, found: RecoveredShard, header: SegmentHeader | None, shard: int | None) -> None:
         files, wal = self.files, self._wal
         for folder in ("wal", "snapshots", "archive"):
             files.mkdir(f"{self.path}/{folder}")
         files.sync_dir(self.path)
         replay, spares, headers = self._replay(header)
+        noted = noted_shard(replay)
+        if shard is not None and noted is not None and noted != shard:
+            raise ForeignStorage(
+                f"{self.path} is that of shard {noted}, not of shard {shard}: directories were exchanged or renamed; "
+                "give them back their names"
+            )
         resets = self._take_members(replay, found)
         found.cut_bytes = replay.cut_bytes + wal.adopt(replay.segments, max(replay.next_batch, 1), spares)
         files.sync_dir(wal.path)
@@ -226,6 +244,8 @@ class ShardStore:
                 raise
         else:
             self._synced()
+        if shard is not None and noted is None:
+            self.save_note(SHARD_NOTE, b"%d" % shard)  # with the next sync: until then nothing relies on it
 
     def _replay(
         self, header: SegmentHeader | None

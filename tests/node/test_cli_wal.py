@@ -14,8 +14,10 @@ from click.testing import CliRunner, Result
 
 from raftfleet.core.messages import COMMANDS, Entry
 from raftfleet.node import cli
+from raftfleet.node.data_dir import write_layout
 from raftfleet.storage import inspect
-from raftfleet.storage.records import DATA_START, SegmentHeader, pack_header
+from raftfleet.storage.base import ForeignStorage
+from raftfleet.storage.records import DATA_START, MARK_MAGIC, SegmentHeader, pack_header
 from raftfleet.storage.store import ShardStore
 
 SEGMENT_BYTES = 1 << 14
@@ -30,9 +32,9 @@ def rows_of(done: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def make_shard(path: Path, instance: int, first_uid: int) -> ShardStore:
+def make_shard(path: Path, instance: int, first_uid: int, shard: int | None = None) -> ShardStore:
     """Two groups with ten entries each, a vote, a note, and a snapshot of the first; not closed."""
-    store, _ = ShardStore.open(str(path), node="n1", new_instance=instance, segment_bytes=SEGMENT_BYTES)
+    store, _ = ShardStore.open(str(path), node="n1", new_instance=instance, shard=shard, segment_bytes=SEGMENT_BYTES)
     for uid, name in ((first_uid, "lamps"), (first_uid + 1, "doors")):
         store.save_group(uid, name, {"machine": "m:M"}, (instance,), 0)
         store.save_vote(uid, 3, instance)
@@ -160,6 +162,93 @@ def test_verify_judges_as_a_start_does(data_dir: Path) -> None:
     store.close()
     assert [row["what"] for row in report["damaged"]] == [str(damage) for damage in found.damaged]
     assert [row["uid"] for row in report["groups"]] == [group.uid for group in found.groups] == [0x101]
+
+
+def exchange(first: Path, second: Path) -> None:
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+def test_shards_that_were_exchanged_are_refused_and_found_by_verify(tmp_path: Path) -> None:
+    top = tmp_path / "data"
+    top.mkdir()
+    for index in range(2):
+        make_shard(top / f"shard-{index}", 70 + index, 0x100 * (index + 1), shard=index).close()
+    assert run("verify", top).exit_code == 0
+    exchange(top / "shard-0", top / "shard-1")
+    before = contents(top)
+    with pytest.raises(ForeignStorage, match="is that of shard 1, not of shard 0: .* give them back their names"):
+        ShardStore.open(str(top / "shard-0"), node="n1", new_instance=1, shard=0, segment_bytes=SEGMENT_BYTES)
+    assert contents(top) == before
+    done = run("verify", top)
+    assert done.exit_code == 1
+    assert "shard-0 is that of shard 1" in done.stdout and "shard-1 is that of shard 0" in done.stdout
+    exchange(top / "shard-0", top / "shard-1")
+    for index in range(2):
+        path = str(top / f"shard-{index}")
+        store, _ = ShardStore.open(path, node="n1", new_instance=1, shard=index, segment_bytes=SEGMENT_BYTES)
+        assert store.instance == 70 + index
+        store.close()
+
+
+def test_a_shard_from_before_shards_were_noted_opens_and_is_noted(data_dir: Path) -> None:
+    path = str(data_dir / "shard-1")
+    ShardStore.open(path, node="n1", new_instance=1, shard=1, segment_bytes=SEGMENT_BYTES)[0].close()
+    with pytest.raises(ForeignStorage, match="is that of shard 1, not of shard 4"):
+        ShardStore.open(path, node="n1", new_instance=1, shard=4, segment_bytes=SEGMENT_BYTES)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_verify_misses_a_shard_that_the_layout_names(data_dir: Path, shards: int) -> None:
+    write_layout(data_dir, node="n1", workers=2, shards=shards)
+    (data_dir / "founding").write_bytes(b"a memory")
+    assert run("verify", data_dir).exit_code == 0
+    shutil.rmtree(data_dir / "shard-1")
+    done = run("verify", data_dir, "--json")
+    assert done.exit_code == 1
+    assert [(row["shard"], row["ok"]) for row in rows_of(done)] == [("shard-1", False), ("shard-0", True)]
+    assert "shard-1 is missing" in run("verify", data_dir).stdout
+    shutil.rmtree(data_dir / "shard-0")
+    none_left = run("verify", data_dir)
+    assert none_left.exit_code == 1
+    assert "shard-0 is missing" in none_left.stdout and "shard-1 is missing" in none_left.stdout
+
+
+def test_verify_does_not_miss_shards_that_never_began(data_dir: Path) -> None:
+    write_layout(data_dir, node="n1", workers=4, shards=2)
+    assert run("verify", data_dir).exit_code == 0
+
+
+def test_a_damaged_layout_is_damage(data_dir: Path) -> None:
+    (data_dir / "layout").write_text("{")
+    done = run("verify", data_dir)
+    assert done.exit_code == 1
+    assert "layout is damaged" in done.stdout
+
+
+def test_damage_that_costs_no_group_is_not_said_to_refuse_one(data_dir: Path) -> None:
+    flip(segment_in(data_dir / "shard-0"), MARK_MAGIC)
+    done = run("verify", data_dir)
+    assert done.exit_code == 1
+    assert "no group is affected" in done.stdout
+    assert "No group is named" in done.stderr and "refuses the groups that are named" not in done.stderr
+
+
+def test_lost_batches_are_not_said_to_refuse_groups_and_to_affect_none(data_dir: Path) -> None:
+    path = segment_in(data_dir / "shard-0")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"secret-256-3")
+    data[at - 60 : at + 300] = bytes(360)
+    path.write_bytes(data)
+    (lost,) = [
+        row["what"]
+        for report in rows_of(run("verify", data_dir, "--json"))
+        for row in report["damaged"]
+        if "beyond telling" in row["what"] and row["uid"] is None
+    ]
+    assert "are refused, and named besides" in lost and "no group is affected" not in lost
 
 
 def test_a_torn_tail_is_no_damage(tmp_path: Path) -> None:
