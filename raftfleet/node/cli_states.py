@@ -93,6 +93,8 @@ def file_name(group: str) -> str:
 def _export_one(fleet: Fleet, name: str, path: Path, consistency: str, force: bool, timeout: float) -> None:
     if path.exists() and not force:
         raise ConfigError(f"{path} is there already: name another file, or replace it with --force")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path.parent} is not a directory: make it, or name a file elsewhere")
     state = fleet.export_group(name, consistency=consistency, timeout=timeout)
     write_whole(path, state.pack())
     say(f"{name}: {len(state.state)} bytes, as of index {state.index}, from node {state.node}: {path}")
@@ -154,7 +156,8 @@ def restore(
     raftfleet-node restore /var/lib/raftfleet/shard-0/archive/0000010000000003-0000000000000007.snap --machine m:C
 
     Nobody is served by such a group before all of its state is there. A restore that was cut short goes on when it is
-    run again. A group that is there already is left as it is, and the exit code is 1.
+    run again. A group that is there already is left as it is: of a single FILE the exit code is 1 then; where there are
+    several, they are named at the end, and the others are added.
     """
     paths = [path for given in files for path in _state_files(given)]
     if name is not None and len(paths) != 1:
@@ -163,12 +166,19 @@ def restore(
         if len(paths) == 1:
             _restore_one(fleet, paths[0], name, replicas, machine, timeout)
             return
+        there: list[str] = []
+
+        def restore_missing(path: Path) -> None:
+            try:
+                _restore_one(fleet, path, name, replicas, machine, timeout)
+            except AlreadyAdded:
+                there.append(str(path))
+
         with _failures_told(f"of {len(paths)} files") as attempt:
             for path in paths:
-                attempt(
-                    str(path),
-                    lambda path=path: _restore_one(fleet, path, name, replicas, machine, timeout),  # type: ignore[misc]
-                )
+                attempt(str(path), lambda path=path: restore_missing(path))  # type: ignore[misc]
+            if there:
+                say(f"the groups of {len(there)} files were there already and are left as they are: {', '.join(there)}")
 
 
 def _state_files(given: Path) -> list[Path]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raftfleet.errors import ConfigError
-from raftfleet.node import cli
+from raftfleet.errors import AlreadyAdded, ConfigError
+from raftfleet.node import cli, cli_states
 from raftfleet.node.cli_states import SUFFIX, config_for, file_name, read_state, write_whole
 from raftfleet.storage.files import OsFiles
 from raftfleet.storage.snapshots import write_snapshot
@@ -103,3 +106,51 @@ def test_a_name_for_several_files_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(cli.main, ["restore", str(tmp_path / "empty")])
     assert done.exit_code == 2 and "holds no file" in done.output
+
+
+class FleetWith:
+    """A fleet in which some groups are there already."""
+
+    def __init__(self, *there: str) -> None:
+        self.groups = set(there)
+
+    def add_consensus_group(self, name: str, *args: Any, **options: Any) -> None:
+        if name in self.groups:
+            raise AlreadyAdded(f"group {name} is there already")
+        self.groups.add(name)
+
+
+def run_with(fleet: FleetWith, monkeypatch: pytest.MonkeyPatch, *words: object) -> Any:
+    @contextlib.contextmanager
+    def connected(run_dir: Path | None) -> Iterator[FleetWith]:
+        yield fleet
+
+    monkeypatch.setattr(cli_states, "connected", connected)
+    return CliRunner().invoke(cli.main, list(map(str, words)))
+
+
+def test_a_restore_of_many_that_is_run_again_names_what_is_there_and_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        state = ExportedState(name=name, state=b"", machine_version=1, replicas=3, config={"machine": "m:M"})
+        write_whole(tmp_path / f"{name}{SUFFIX}", state.pack())
+    fleet = FleetWith("a")
+    done = run_with(fleet, monkeypatch, "restore", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert fleet.groups == {"a", "b"}
+    assert "the groups of 1 files were there already" in done.output and "a.raftstate" in done.output
+    again = run_with(fleet, monkeypatch, "restore", tmp_path)
+    assert again.exit_code == 0 and "2 files were there already" in again.output and "failed" not in again.output
+    (tmp_path / f"c{SUFFIX}").write_bytes(b"no state")
+    assert run_with(fleet, monkeypatch, "restore", tmp_path).exit_code == 1, "what failed is a failure"
+    single = run_with(fleet, monkeypatch, "restore", tmp_path / f"a{SUFFIX}")
+    assert single.exit_code == 1 and "was not restored" in single.output
+
+
+def test_an_export_to_a_folder_that_is_missing_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run_with(FleetWith("g"), monkeypatch, "export", "g", tmp_path / "nowhere" / "x")
+    assert done.exit_code == 2
+    assert "nowhere is not a directory" in done.output and ".tmp" not in done.output
