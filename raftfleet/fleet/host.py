@@ -59,6 +59,8 @@ SWEEP_MEMBERS_MAX = 200
 RECONCILE_RETRY_US = 300_000
 DRAIN_RETRY_US = 1_000_000
 """How often a worker without room on its disk tries again to hand its leaderships over."""
+DRAIN_AFTER_US = 50_000
+"""When it tries first: by then the others have said whether they could save what was sent to them."""
 RECONCILE_PER_ROUND = 16
 """Groups looked at in one turn of the loop: commands that came meanwhile wait for it, about half a millisecond."""
 MESSAGE_BYTES_MAX = 4 << 20
@@ -429,8 +431,7 @@ class Host(RestoringLayer):
         elif kind == "restored":
             self.note("info", f"group {self._name(uid)} begins with a restored state of {event[2]} bytes")
         elif kind == "disk_full":
-            self._next_drain_us = self.now_us + DRAIN_RETRY_US
-            self.drain()
+            self._next_drain_us = self.now_us + DRAIN_AFTER_US
         elif kind == "diverged":
             self.count("divergences")
             self._tell_divergence(self._name(uid), *event[2:])

@@ -188,13 +188,22 @@ class ReconcilingLayer(FollowingLayer):
     # ------------------------------------------------------------------ leaving
 
     def drain(self) -> None:
-        """Hand each leadership over to the voter that lacks least (under load none is ever quite level)."""
+        """Hand each leadership over to the voter that lacks least (under load none is ever quite level).
+
+        Without room on the disk only where others can elect and be elected: this worker cannot even save a vote for
+        the next leader. Where that fails nobody leads, and not even queries are answered.
+        """
         for member in list(self.shard.members.values()):
             lead = member.lead
             if lead is None or (self.shard.is_full and self._has_failed_lately(member.uid)):
                 continue
             live = member.live_members()
             heirs = [voter for voter in member.voters if voter in live and voter != self.instance]
+            if self.shard.is_full:
+                # They have just saved what this disk had no room for, so there is room on theirs.
+                heirs = [voter for voter in heirs if lead.progress[voter].match == member.log.last_index]
+                if len(heirs) < member.membership.quorum:
+                    continue
             try:
                 if heirs:
                     member.transfer(max(heirs, key=lambda voter: lead.progress[voter].match))

@@ -11,7 +11,7 @@ from raftfleet.core.config import GroupConfig
 from raftfleet.core.durable import DurableShard
 from raftfleet.core.host_messages import RPC_ANSWER, RpcAnswer
 from raftfleet.core.member import Member
-from raftfleet.core.messages import NOOP, Append, Entry
+from raftfleet.core.messages import NOOP, VOTE_ANSWER, Append, Entry, VoteAnswer
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host import Host, HostSettings, Outputs
 from raftfleet.fleet.machine import FleetState
@@ -257,3 +257,36 @@ def test_a_leadership_that_nobody_took_is_not_handed_over_again_soon(monkeypatch
     node.host.begin(node.now_us + 20_000_000, 0)
     node.host._take_step(member, Transfer(PEER))
     assert tried == [PEER, PEER]
+
+
+@pytest.mark.parametrize(
+    ("level", "handed_over"),
+    [(0, False), (1, False), (2, True)],
+)
+def test_without_room_a_leadership_goes_only_where_a_quorum_has_room(
+    monkeypatch: pytest.MonkeyPatch, level: int, handed_over: bool
+) -> None:
+    (name,) = names_of_worker_1(1)
+    node = node_with_groups(name)
+    (member,) = node.shard.members.values()
+    member.campaign(pre=False)
+    node.turn()
+    peers = [voter for voter in member.voters if voter != node.host.instance]
+    assert len(peers) == 2
+    for peer in peers:
+        node.host.receive(peer, [VoteAnswer(VOTE_ANSWER, member.uid, member.term, False, True)])
+    node.turn()
+    lead = member.lead
+    assert lead is not None
+    tried: list[int] = []
+    monkeypatch.setattr(Member, "transfer", lambda self, target: tried.append(target))
+    monkeypatch.setattr(Member, "live_members", lambda self: set(member.voters))
+    for number, peer in enumerate(peers):
+        lead.progress[peer].match = member.log.last_index if number < level else member.log.last_index - 1
+    node.shard.is_full = True
+    node.host.drain()
+    assert bool(tried) == handed_over
+    node.shard.is_full = False
+    tried.clear()
+    node.host.drain()
+    assert tried, "a node that is stopped hands over to whoever lacks least"
