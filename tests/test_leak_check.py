@@ -64,7 +64,8 @@ def test_a_descriptor_is_noticed() -> None:
         os.close(descriptor)
 
 
-def test_a_segment_of_a_dead_node_is_noticed() -> None:
+def test_a_segment_of_a_dead_node_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAFTFLEET_TEST_NEIGHBOURS", raising=False)
     before = snapshot()
     path = Path(f"/dev/shm/raftfleet-leak-check-{os.getpid()}")
     path.write_bytes(bytes(64))
