@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from raftfleet.core.member import Member
     from raftfleet.core.messages import Append
 
+NO_STAMP = 0
+"""In an answer: it says nothing of whom the sender follows. A message's stamp is above 0."""
+
 
 def append(member: Member, kind: int, data: bytes) -> int:
     """As leader: add one entry of this term; returns its index."""
@@ -42,8 +45,7 @@ def on_append(member: Member, sender: int, m: Append) -> None:
     """AppendEntries, receiver's side (paper 5.3; DESIGN 5.1)."""
     shard = member.shard
     if m.term < member.term:
-        answer = AppendAnswer(APPEND_ANSWER, member.uid, member.term, False, m.prev_index, 0, 0, m.stamp, m.life)
-        shard.send_saved(sender, answer)
+        teach_term(member, sender, m.prev_index, m.life)
         return
     if not roles.is_present_life(member, m.life, m.term):
         return
@@ -79,6 +81,17 @@ def on_append(member: Member, sender: int, m: Append) -> None:
     commit = min(m.commit, end)
     if commit > member.commit:
         set_commit(member, commit)
+
+
+def teach_term(member: Member, sender: int, index: int, life: int) -> None:
+    """Answer a leader of an earlier term: it learns the present one and nothing else; stamp 0 says that.
+
+    By the time that it comes, the sender may lead the present term, in another process with another clock: the stamp
+    of that former append would be a moment that never was, and could be one that is still to come.
+    """
+    member.shard.send_saved(
+        sender, AppendAnswer(APPEND_ANSWER, member.uid, member.term, False, index, 0, 0, NO_STAMP, life)
+    )
 
 
 def _answer_append(

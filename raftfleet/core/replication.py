@@ -179,7 +179,7 @@ def _answerer(member: Member, sender: int, m: AppendAnswer | SnapshotAnswer) -> 
         roles.follow(member, m.term, 0)
         return None
     lead = member.lead
-    if lead is None or m.term < member.term:
+    if lead is None or m.term < member.term or m.stamp == own_log.NO_STAMP:
         return None
     progress = lead.progress.get(sender)
     if progress is None or m.life != progress.life:

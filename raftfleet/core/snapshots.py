@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
-from raftfleet.core import apply, roles
+from raftfleet.core import apply, own_log, roles
 from raftfleet.core.failures import describe
 from raftfleet.core.membership import Membership
-from raftfleet.core.messages import APPEND_ANSWER, SNAPSHOT, SNAPSHOT_ANSWER, AppendAnswer, Snapshot, SnapshotAnswer
+from raftfleet.core.messages import SNAPSHOT, SNAPSHOT_ANSWER, Snapshot, SnapshotAnswer
 from raftfleet.core.progress import CHUNKS_IN_FLIGHT_MAX, Transfer
 from raftfleet.core.restoring import Restoring
 from raftfleet.core.sessions import Sessions
@@ -99,9 +99,7 @@ def send_chunks(member: Member, peer: int, progress: Progress) -> None:
 def on_snapshot(member: Member, sender: int, m: Snapshot) -> None:
     """A chunk. The snapshot counts only if it is ahead of what is committed here (DESIGN 5.4)."""
     if m.term < member.term:
-        member.shard.send_saved(
-            sender, AppendAnswer(APPEND_ANSWER, member.uid, member.term, False, m.index, 0, 0, m.stamp, m.life)
-        )
+        own_log.teach_term(member, sender, m.index, m.life)
         return
     if not roles.is_present_life(member, m.life, m.term):
         return

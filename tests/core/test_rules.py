@@ -26,6 +26,7 @@ from core.harness import (
 from raftfleet.core.change import ConfigChangeRefused
 from raftfleet.core.membership import AUDIT_RECORDS_MAX, Membership
 from raftfleet.core.messages import (
+    APPEND,
     APPEND_ANSWER,
     BEAT,
     SNAPSHOT,
@@ -134,6 +135,30 @@ def test_rule_02_rejections_do_not_confirm_a_reader() -> None:
         cluster.inject(peer, leader, AppendAnswer(APPEND_ANSWER, 1, 9, False, 1, 0, 0, stamp, 0))
     assert answer.code == 90
     assert cluster.leader() == 0
+
+
+def test_rule_02_an_append_of_a_former_process_of_the_leader_proves_nothing_to_the_present_one() -> None:
+    """It was under way while the machine rebooted; its stamp is of another clock, and may lie ahead of this one.
+
+    Seed 40004 of the simulation answered reads under such a lease after another leader had been elected.
+    """
+    cluster = Cluster()
+    leader = cluster.settle()
+    cluster.change("transfer", leader % 3 + 1)
+    cluster.run_for(0.5)
+    leader = cluster.leader()
+    member = cluster.member(leader)
+    assert member.term > 1
+    follower = next(peer for peer in (1, 2, 3) if peer != leader)
+    before = member.lead.progress[follower].next
+    cluster.inject(leader, follower, Append(APPEND, 1, member.term - 1, 1, 1, 1, 1 << 60, 0, []))
+    cluster.run_for(0.05)
+    assert member.is_leader and member.lead.progress[follower].next == before
+    assert member.quorum_stamp() <= cluster.shards[leader].stamp
+    cluster.isolate(leader)
+    answer = cluster.query(leader)
+    cluster.run_for(0.01)
+    assert answer.code is None
 
 
 def test_rule_02_a_read_sees_every_write_acknowledged_before_it() -> None:
