@@ -104,7 +104,7 @@ READS = (
         "a new leader answers reads before an entry of its term is committed",
         ("core.reads:read", "max(member.commit, lead.noop_index)", "member.commit"),
         ("core.reads:answer_reads", "if member.commit < lead.noop_index or member.is_quarantined:", "if False:"),
-        profile="lossy reads",
+        profile="unordered reads",
     ),
     mutant(
         "read-without-a-round",
@@ -136,7 +136,7 @@ READS = (
             "        member.answer_reads()\n"
             "    if self._applying:\n        applying",
         ),
-        profile="lossy reads",
+        profile="unordered reads",
     ),
     mutant(
         "lease-without-margin",
