@@ -41,12 +41,16 @@ class _Mirror:
 
 
 class _GroupTable:
-    """One group's log: ``committed[i - 1]`` is the entry at index i; ``seen`` is every entry that any member held."""
+    """One group's log: ``committed[i - 1]`` is the entry at index i; ``seen`` is every entry that any member held.
 
-    __slots__ = ("committed", "configs", "seen")
+    ``commit_terms[i - 1]``: the term of whoever was first seen to have committed it.
+    """
+
+    __slots__ = ("commit_terms", "committed", "configs", "seen")
 
     def __init__(self) -> None:
         self.committed: list[Entry | None] = []
+        self.commit_terms: list[int] = []
         self.configs: list[tuple[int, Membership]] = []
         self.seen: dict[tuple[int, int], tuple[int, Entry]] = {}
 
@@ -167,7 +171,9 @@ class ClusterChecker:
                 continue
             while len(committed) < index - 1:
                 committed.append(None)  # Seen first through a snapshot.
+                table.commit_terms.append(member.term)
             committed.append(entry)
+            table.commit_terms.append(member.term)
             if entry.kind == CONFIG:
                 self._check_config(uid, index, entry, table)
 
@@ -201,12 +207,16 @@ class ClusterChecker:
             )
         self.leaders[key] = instance
         log = member.log
-        if log.last_index < len(table.committed):
+        # What was committed in a later term binds this leader no more: its votes may have been under way for long.
+        end = len(table.committed)
+        while end and table.commit_terms[end - 1] >= member.term:
+            end -= 1
+        if log.last_index < end:
             raise Violation(
                 f"leader completeness: group {uid} term {_term(member.term)}: leader {instance} ends at"
-                f" {log.last_index}, {len(table.committed)} entries are committed"
+                f" {log.last_index}, {end} entries were committed in earlier terms"
             )
-        for index in range(max(1, log.first_index), len(table.committed) + 1):
+        for index in range(max(1, log.first_index), end + 1):
             entry = table.committed[index - 1]
             if entry is not None and log.term_at(index) != entry.term:
                 raise Violation(

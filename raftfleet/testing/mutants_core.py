@@ -165,18 +165,7 @@ READS = (
         "5.10",
         "an answer under the lease is handed out without reading the clock again",
         ("core.shard:Shard.settle", "if now_us < until_us and member.lease_until_us() >= until_us:", "if True:"),
-        profile="leases",
-    ),
-    mutant(
-        "lease-forgets-promise-with-leader",
-        "5.10",
-        "a follower that learns of a higher term forgets that it heard a leader just now",
-        (
-            "core.member:Member.hears_leader",
-            "self.heard_leader_us()",
-            "(self.heard_leader_us() if self.leader else -(1 << 62))",
-        ),
-        profile="lease quarrels",
+        profile="stopped",
     ),
 )
 

@@ -27,6 +27,7 @@ class SimulationOptions:
         lose_disk_rate: a disk is lost, and with it its instance.
         crash_all_rate: power fails everywhere at once (durable only).
         disk_full_rate, disk_error_rate: a disk has no room for a while; a call of it fails (durable only).
+        isolate_rate: a leader is stopped in the middle of a turn and cut off from the others.
         weathers: kinds of the network's phases: ``mixed``, ``lossy``, ``unordered``, ``cuts``, ``slow``, ``quarrel``.
         phase_s: shortest and longest phase.
         drift: how far apart the rates of two clocks may be.
@@ -52,6 +53,7 @@ class SimulationOptions:
     disk_full_rate: float = 0.02
     disk_error_rate: float = 0.03
     pause_rate: float = 0.08
+    isolate_rate: float = 0.01
     transfer_rate: float = 0.08
     move_rate: float = 0.08
     replace_group_rate: float = 0.015
@@ -141,6 +143,20 @@ _ALL = (
         pause_rate=0.3,
         eagerness=0.8,
         query_share=0.6,
+    ),
+    _profile(
+        "stopped",
+        weathers=("cuts", "slow"),
+        phase_s=(1.0, 5.0),
+        crash_rate=0.0,
+        move_rate=0.0,
+        lease_share=1.0,
+        drift=0.0,
+        pause_rate=0.1,
+        isolate_rate=0.3,
+        eagerness=0.9,
+        query_share=0.6,
+        think_us=(300_000, 1_500_000),
     ),
     _profile("wild clocks", weathers=("cuts",), lease_share=0.0, drift=1.2, eagerness=0.8),
     _profile("transfers", transfer_rate=0.6, lease_share=0.8, think_us=_BUSY),

@@ -43,6 +43,7 @@ def draw_schedule(seed: int, options: SimulationOptions) -> list[Fault]:
     rates = [
         ("crash", options.crash_rate),
         ("pause", options.pause_rate),
+        ("isolate", options.isolate_rate),
         ("transfer", options.transfer_rate),
         ("move", options.move_rate),
         ("replace_group", options.replace_group_rate),

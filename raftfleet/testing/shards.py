@@ -71,6 +71,8 @@ class SimShard:
         self._wake_us = -1
         self._is_mid_turn = False
         self._stops_in_turn = False
+        self._stops_early = False
+        self._is_begun = False
 
     def receive(self, from_instance: int, frame: Any) -> None:
         """A frame has come."""
@@ -93,10 +95,18 @@ class SimShard:
         core = self.core
         true_us = self._queue.now_us
         local_us = self.clock.local_us(true_us)
+        core.begin(local_us, WALL_EPOCH_US + true_us + self.wall_offset_us)
         if self._stops_in_turn:
             self._stops_in_turn = False
             self.is_paused = True
-        core.begin(local_us, WALL_EPOCH_US + true_us + self.wall_offset_us)
+            if self._stops_early:
+                self._is_begun = True
+                return
+        self._go_on(local_us)
+
+    def _go_on(self, local_us: int) -> None:
+        """The turn after its clock was read, which showed ``local_us``."""
+        core = self.core
         frames, self._frames = self._frames, []
         for from_instance, frame in frames:
             core.receive(from_instance, frame)
@@ -121,16 +131,25 @@ class SimShard:
         self.core.apply()
 
     def _finish(self) -> None:
-        """The part of a turn that speaks to others."""
-        self._emit(self.core.finish())
+        """The part of a turn that speaks to others. The clock is read again after the state was."""
+        core = self.core
+        core.flush()
+        core.apply()
+        core.settle(self.clock.local_us(self._queue.now_us))
+        self._emit(core.finish())
 
     def pause(self, within_turn: bool) -> None:
-        """Stop, between two turns or, ``within_turn``, after the state was read and before anything leaves."""
+        """Stop, between two turns or, ``within_turn``, in the middle of the next one.
+
+        There it stops as soon as its clock was read, so that it takes what came meanwhile by an old clock, or, the next
+        time, after the state was read and before anything leaves.
+        """
         assert not self.is_dead
         if self.is_paused:
             return
         if within_turn:
-            self._stops_in_turn = True  # in the next one, after whatever brings it about was taken
+            self._stops_in_turn = True
+            self._stops_early = not self._stops_early
         else:
             self.is_paused = True
 
@@ -140,7 +159,10 @@ class SimShard:
         if self.is_dead or not self.is_paused:
             return
         self.is_paused = False
-        if self._is_mid_turn:
+        if self._is_begun:
+            self._is_begun = False
+            self._go_on(self.core.now_us)
+        elif self._is_mid_turn:
             self._is_mid_turn = False
             self.core.settle(self.clock.local_us(self._queue.now_us))
             self._finish()

@@ -118,7 +118,7 @@ class DurableSimShard(SimShard):
             self._emit_sends(core.take_sends())
             core.persist()
             core.apply()
-            core.settle(core.now_us)
+            core.settle(self.clock.local_us(self._queue.now_us))
             self._emit_sends(core.take_sends())
             self._emit_sends(core.take_saved_sends())
             for token, code, body in core.take_replies():

@@ -211,6 +211,21 @@ class FaultLayer(OperatorLayer):
         shard.pause(within_turn=rng.random() < 0.5)
         self.queue.after(length_us, shard.resume)
 
+    def _fault_isolate(self, rng: random.Random) -> None:
+        """A leader is stopped, and cut off until a moment after it goes on: clients still reach it."""
+        leader = self.leader_of(rng.choice(self.group_uids))
+        if leader is None or leader.is_paused:
+            return
+        length_us = int((1.2 + 2 * rng.random()) * SECOND_US)
+        self.count("leader isolated")
+        self.tell(f"instance {leader.instance} is stopped for {length_us / SECOND_US:.3f} s, and cut off")
+        leader.pause(within_turn=True)
+        self.queue.after(length_us, leader.resume)
+        pairs = [(a, b) for a, b in self.network.pairs() if leader.place in (a, b)]
+        for a, b in pairs:
+            self.network.cut(a, b)
+        self.queue.after(length_us + SECOND_US // 4, self._mend, pairs)
+
     def _fault_clock(self, rng: random.Random) -> None:
         """All clocks run at other rates."""
         for shard in self.live_shards():

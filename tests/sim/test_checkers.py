@@ -83,6 +83,15 @@ def test_a_leader_that_lacks_a_committed_entry_is_noticed() -> None:
         check(checker, i2=member([1, 1], term=2, role="leader"))
 
 
+def test_a_leader_elected_late_may_lack_what_a_later_term_committed() -> None:
+    """Its last vote was under way while the next term had its leader: it will hear of that one, and lead nobody."""
+    checker = ClusterChecker()
+    check(checker, i1=member([1, 3], commit=2, term=3, role="leader"))
+    check(checker, i2=member([1, 2], term=2, role="leader"))
+    with pytest.raises(Violation, match="leader completeness"):
+        check(checker, i3=member([1, 2], term=4, role="leader"))
+
+
 def test_a_leader_with_another_entry_at_a_committed_index_is_noticed() -> None:
     checker = ClusterChecker()
     check(checker, i1=member([1, 2], commit=2))
