@@ -175,7 +175,8 @@ class Keeper:
         """
         self.now_us = now_us
         store = self.store
-        if now_us < self._look_us and not self._has_more_work:
+        is_retry_due = store.state is DiskState.FULL and now_us >= self._retry_us
+        if now_us < self._look_us and not self._has_more_work and not is_retry_due:
             return
         if now_us >= self._look_us:
             self._look_us = now_us + LOOK_US
