@@ -196,6 +196,7 @@ class ClusterLayer:
             self.tell(f"instance {instance} starts")
         if self.all_groups:
             self.catch_up(shard)
+        shard.work(lambda core: None)  # a first turn, though nobody may ever speak to it: it has timers to set
         return shard
 
     def _died_at_start(self, place: int, instance: int, files: FakeFiles, error: BaseException) -> None:
