@@ -327,17 +327,6 @@ IDENTITY = (
         profile="changes",
     ),
     mutant(
-        "log-end-of-an-earlier-life-forgotten",
-        "5.7",
-        "an instance that was removed and added again votes for logs shorter than it once acknowledged",
-        (
-            "core.election:on_vote",
-            "max((log.last_term, log.last_index), member.forgotten_end)",
-            "(log.last_term, log.last_index)",
-        ),
-        profile="changes",
-    ),
-    mutant(
         "vote-of-an-earlier-life-forgotten",
         "5.7",
         "an instance that was removed and added again forgets term and vote",

@@ -13,6 +13,7 @@ an observer who sees all members at once can say at the first step:
 * ``match`` implies an identical prefix, and what a leader commits is held, saved, by a quorum of voters (5.6, 5.13);
 * while a leader holds a lease, no other one can commit (5.10); by counting it commits its own term's entries only;
 * a voter that came back from its disk grants no vote for an election timeout (5.9);
+* a member that was removed and added again remembers its term, its vote and how long its log was (5.7);
 * who has heard no quorum for long leads no more (5.8).
 
 This module changes nothing. It reads members' own fields (``lead``, ``progress``); the checkers of promises do not.
@@ -67,6 +68,7 @@ class RuleChecker:
         self.are_leases_safe = True
         self._born: dict[int, set[int]] = {}
         self._told: dict[tuple[int, int], tuple[int, bool]] = {}
+        self._lives: dict[tuple[int, int], tuple[Any, int, int, tuple[int, int]]] = {}
         self._grants: dict[tuple[int, int, int], set[int]] = {}
         self._handed_over: set[tuple[int, int, int]] = set()
         self._leaders: dict[tuple[int, int], _Leading] = {}
@@ -79,8 +81,10 @@ class RuleChecker:
             kind = message[0]
             if kind == VOTE and not message.pre:
                 self._vote_asked(instance, message)
-            elif kind == VOTE_ANSWER and message.pre and message.granted:
-                self._grants.setdefault((message.uid, message.term, to_instance), set()).add(instance)
+            elif kind == VOTE_ANSWER and message.granted:
+                if message.pre:
+                    self._grants.setdefault((message.uid, message.term, to_instance), set()).add(instance)
+                self._vote_given(instance, to_instance, message)
             elif kind == TIMEOUT_NOW:
                 self._handing_over(instance, to_instance, message)
 
@@ -102,6 +106,19 @@ class RuleChecker:
                 f"pre-vote: {instance} asks for votes in group {uid} term {term}, which {count} of {len(voters)} said"
                 " that they would give"
             )
+
+    def _vote_given(self, instance: int, to_instance: int, message: Any) -> None:
+        """A vote binds to the log that the voter holds, or held in a former life."""
+        voter, candidate = self._member_of(instance, message.uid), self._member_of(to_instance, message.uid)
+        if voter is None or candidate is None or candidate.lead is not None:
+            return
+        if candidate.term == message.term - (1 if message.pre else 0):
+            end = (candidate.log.last_term, candidate.last_index)
+            if end < voter.forgotten_end:
+                raise Violation(
+                    f"identity: {instance} votes in group {message.uid} for a log that ends at {end}, and held"
+                    f" {voter.forgotten_end} in its former life"
+                )
 
     def _handing_over(self, instance: int, to_instance: int, message: Any) -> None:
         uid = message.uid
@@ -133,8 +150,9 @@ class RuleChecker:
 
     def forget_instance(self, instance: int) -> None:
         """It went down; whether it comes back is another matter."""
-        for key in [key for key in self._leaders if key[0] == instance]:
-            del self._leaders[key]
+        for table in (self._leaders, self._lives):
+            for key in [key for key in table if key[0] == instance]:
+                del table[key]
 
     # -- what members are ------------------------------------------------------------------------------------------
 
@@ -144,6 +162,10 @@ class RuleChecker:
         for uid, member in members.items():
             key = (instance, uid)
             lead = member.lead
+            known = self._lives.get(key)
+            if known is not None and known[0] is not member:
+                self._check_new_life(key, known[1:], member)
+            self._lives[key] = (member, member.term, member.vote, (member.log.last_term, member.last_index))
             seen = (member.term, lead is not None)
             if told.get(key) != seen:
                 told[key] = seen
@@ -152,6 +174,16 @@ class RuleChecker:
                 self._check_leader(key, member)
             elif key in self._leaders:
                 del self._leaders[key]
+
+    def _check_new_life(self, key: tuple[int, int], known: tuple[int, int, tuple[int, int]], member: Any) -> None:
+        """A member that was removed is back at the same instance: what it promised in its former life still binds."""
+        term, vote, log_end = known
+        own_end = max(member.forgotten_end, (member.log.last_term, member.last_index))
+        if member.term < term or (member.term == term and vote not in (0, member.vote)) or own_end < log_end:
+            raise Violation(
+                f"identity: {key[0]} is in group {key[1]} again and forgot its former life: term {term}, vote {vote},"
+                f" end of the log {log_end}; now {member.term}, {member.vote}, {own_end}"
+            )
 
     def _check_term(self, instance: int, uid: int, member: Any) -> None:
         born = self._born.setdefault(uid, set())

@@ -57,6 +57,7 @@ class World:
             membership=FIRST,
             memberships=[(0, FIRST)],
             election_timeout_us=1_000_000,
+            forgotten_end=(0, 0),
             lease_us=0,
         )
         member.shard = SimpleNamespace(saved_index=lambda m: m.log.last_index)
@@ -271,3 +272,34 @@ def test_a_vote_of_a_member_that_has_just_come_back_is_noticed() -> None:
     world.checker.check_restored_voter(2, [granted._replace(granted=False)], {7: member}, {7: member})
     with pytest.raises(Violation, match="silence after a restart"):
         world.checker.check_restored_voter(2, [granted], {7: member}, {7: member})
+
+
+@pytest.mark.parametrize(("term", "vote", "end"), [(2, 3, (2, 3)), (3, 1, (2, 3)), (3, 3, (2, 2))])
+def test_a_member_that_was_added_again_and_forgot_its_former_life_is_noticed(
+    term: int, vote: int, end: tuple[int, int]
+) -> None:
+    def come_again(term: int, vote: int, end: tuple[int, int]) -> None:
+        world = World()
+        for leader in (1, 3):
+            world.add(leader, [1, 1], term=leader, vote=leader)
+            world.step(leader)
+        world.add(1, [1, 1], term=2, vote=1)
+        world.step(1)
+        world.add(2, [1, 1, 2], term=3, vote=3)
+        world.step(2)
+        world.add(2, [1], term=term, vote=vote).forgotten_end = end
+        world.step(2)
+
+    come_again(3, 3, (2, 3))
+    with pytest.raises(Violation, match="identity: 2 is in group 7 again"):
+        come_again(term, vote, end)
+
+
+def test_a_vote_for_a_log_shorter_than_that_of_the_voters_former_life_is_noticed() -> None:
+    world = World()
+    world.add(1, [1, 1], term=3, vote=1)
+    world.add(2, [1], term=3).forgotten_end = (1, 2)
+    world.checker.sent(2, 1, [VoteAnswer(VOTE_ANSWER, 7, 3, False, True)])
+    world.members[2].forgotten_end = (1, 3)
+    with pytest.raises(Violation, match="in its former life"):
+        world.checker.sent(2, 1, [VoteAnswer(VOTE_ANSWER, 7, 3, False, True)])
