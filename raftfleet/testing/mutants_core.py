@@ -58,7 +58,7 @@ LOG = (
         "answer-of-an-older-term-counts",
         "5.6",
         "an acknowledgement of an older term counts in this one",
-        ("core.replication:_answerer", "if lead is None or m.term < member.term:", "if lead is None:"),
+        ("core.replication:_answerer", "lead is None or m.term < member.term or", "lead is None or"),
         profile="quarrels",
     ),
     mutant(
@@ -426,13 +426,6 @@ ELECTIONS = (
             "member.shard.send(sender, Gone(GONE, member.uid, member.term, member.commit))",
             "pass",
         ),
-        profile="changes",
-    ),
-    mutant(
-        "empty-member-asks-nobody",
-        "5.12",
-        "a member that was removed before it had anything asks nobody whether it was",
-        ("core.leaderless:_ask_whether_removed", "or (member.last_leader,)", "or ()"),
         profile="changes",
     ),
     mutant(

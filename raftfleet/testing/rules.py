@@ -26,7 +26,7 @@ from typing import Any
 
 from raftfleet.core.change import CAUGHT_UP_ENTRIES
 from raftfleet.core.membership import Membership
-from raftfleet.core.messages import COMMANDS, CONFIG, TIMEOUT_NOW, VOTE, VOTE_ANSWER
+from raftfleet.core.messages import APPEND, COMMANDS, CONFIG, TIMEOUT_NOW, VOTE, VOTE_ANSWER
 from raftfleet.testing.model import Violation
 
 QUORUM_SILENCE_TIMEOUTS = 3
@@ -87,6 +87,9 @@ class RuleChecker:
                 self._vote_given(instance, to_instance, message)
             elif kind == TIMEOUT_NOW:
                 self._handing_over(instance, to_instance, message)
+            elif kind == APPEND:
+                # Of a leader that elected itself alone, and may die before the end of this turn.
+                self._born.setdefault(message.uid, set()).add(message.term)
 
     def _vote_asked(self, instance: int, message: Any) -> None:
         uid, term = message.uid, message.term

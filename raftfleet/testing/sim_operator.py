@@ -154,7 +154,7 @@ class OperatorLayer(ClusterLayer):
                 self._change(leader, uid, "remove_member", instance)
 
     def _sweep(self, group: Group, members: tuple[int, ...]) -> None:
-        """Take away what was started for a leader that then never added it: it has no voters to ask."""
+        """Take away what was started for a leader that then never added it, or is gone: it has nobody to ask."""
 
         def sweep(core: Shard) -> None:
             member = core.members.get(group.uid)
@@ -164,7 +164,7 @@ class OperatorLayer(ClusterLayer):
         for shard in self.live_shards():
             member = shard.core.members.get(group.uid)
             if member is not None and not member.voters and shard.instance not in members:
-                if shard.place not in group.places:
+                if shard.place not in group.places and self.place_of_instance(member.last_leader) < 0:
                     shard.work(sweep)
 
     def _change(self, leader: SimShard, uid: int, what: str, instance: int) -> None:
