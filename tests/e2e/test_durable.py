@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from e2e.conftest import APPS
 from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
@@ -30,7 +32,8 @@ def kill_all(fleet: LocalFleet) -> None:
     """SIGKILL to every process of all nodes, as near to at once as signals go."""
     processes = [process for node in fleet.nodes.values() for process in node.processes()]
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # its supervisor, killed before it, took it along
+            process.kill()
     for name in fleet.nodes:
         fleet.kill_node(name)
 
