@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 import raftfleet
 from raftfleet.testing import LocalFleet
@@ -92,7 +95,8 @@ def add_groups(fleet: LocalFleet, names: list[str], machine: str) -> None:
 
 def kill_all(fleet: LocalFleet) -> None:
     for process in [process for node in fleet.nodes.values() for process in node.processes()]:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # its supervisor, killed before it, took it along
+            process.kill()
     for name in fleet.nodes:
         fleet.kill_node(name)
 
