@@ -69,6 +69,7 @@ class RuleChecker:
         self._born: dict[int, set[int]] = {}
         self._told: dict[tuple[int, int], tuple[int, bool]] = {}
         self._lives: dict[tuple[int, int], tuple[Any, int, int, tuple[int, int]]] = {}
+        self._suspects: dict[tuple[int, int], int] = {}
         self._grants: dict[tuple[int, int, int], set[int]] = {}
         self._handed_over: set[tuple[int, int, int]] = set()
         self._leaders: dict[tuple[int, int], _Leading] = {}
@@ -310,16 +311,24 @@ class RuleChecker:
                 )
 
     def check_leaders_silence(self, shards: Iterable[tuple[int, int, Any]]) -> None:
-        """Now and then: ``(instance, now by its clock, members)`` of each shard that runs."""
+        """Now and then: ``(instance, now by its clock, members)`` of each shard that runs.
+
+        Who is silent in two looks running is at fault: a leader may learn at once that its promises are void (a peer's
+        list says that it is not followed there), and steps down at its next beat.
+        """
+        suspects, self._suspects = self._suspects, {}
         for instance, now_us, members in shards:
             for uid, member in members.items():
                 lead = member.lead
                 if lead is None:
                     continue
                 heard_us = max(member.quorum_stamp(), lead.elected_us)
-                if member.voters != (instance,) and now_us - heard_us > (
+                if member.voters == (instance,) or now_us - heard_us <= (
                     QUORUM_SILENCE_TIMEOUTS * member.election_timeout_us
                 ):
+                    continue
+                self._suspects[instance, uid] = member.term
+                if suspects.get((instance, uid)) == member.term:
                     raise Violation(
                         f"check-quorum: {instance} leads group {uid} though it has heard no quorum for"
                         f" {(now_us - heard_us) / 1e6:.1f} s"

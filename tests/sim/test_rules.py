@@ -260,6 +260,7 @@ def test_a_leader_that_heard_no_quorum_for_long_is_noticed() -> None:
     world = World()
     leader = world.leader()
     world.checker.check_leaders_silence([(1, 2_900_000, {7: leader})])
+    world.checker.check_leaders_silence([(1, 3_050_000, {7: leader})])
     with pytest.raises(Violation, match="check-quorum"):
         world.checker.check_leaders_silence([(1, 3_100_000, {7: leader})])
 

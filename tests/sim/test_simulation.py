@@ -19,6 +19,7 @@ from raftfleet.testing.simulation import Simulation, SimulationFailure, Simulati
 
 SEED_COUNT = int(os.environ.get("RAFTFLEET_TEST_SEEDS", "2000"))
 KEPT_SEEDS = (
+    ("durable quarrels", 4),  # a leader that just learned that nobody follows it was blamed before its next beat
     ("stopped", 9),  # a leader elected late was held to what the next term had committed: the checker was wrong
     ("durable storms", 7),  # a full disk with nothing to save kept its shard turning without end
 )
