@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-
-import psutil
 
 import raftfleet
 from raftfleet.testing import LocalFleet
@@ -93,14 +90,6 @@ def add_groups(fleet: LocalFleet, names: list[str], machine: str) -> None:
     asyncio.run(add())
 
 
-def kill_all(fleet: LocalFleet) -> None:
-    for process in [process for node in fleet.nodes.values() for process in node.processes()]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # its supervisor, killed before it, took it along
-            process.kill()
-    for name in fleet.nodes:
-        fleet.kill_node(name)
-
-
 def restart_all(fleet: LocalFleet) -> float:
     """Start all nodes again; returns how long until all are active."""
     began_s = time.perf_counter()
@@ -128,7 +117,7 @@ def measure_restart(counts: list[int], mib: int) -> None:
             added_s = time.perf_counter() - began_s
             asyncio.run(commands(fleet.nodes["n1"].run_dir, ((name, "inc") for name in names), 64))
             log = log_mib(fleet, "n1")
-            kill_all(fleet)
+            fleet.kill_all_nodes()
             began_s = time.perf_counter()
             active_s = restart_all(fleet)
             asyncio.run(commands(fleet.nodes["n2"].run_dir, ((name, "inc") for name in names), 256))
@@ -148,7 +137,7 @@ def measure_restart(counts: list[int], mib: int) -> None:
             asyncio.run(commands(fleet.nodes["n1"].run_dir, jobs, 16))
             wrote_s = time.perf_counter() - began_s
             log = log_mib(fleet, "n1")
-            kill_all(fleet)
+            fleet.kill_all_nodes()
             began_s = time.perf_counter()
             active_s = restart_all(fleet)
             asyncio.run(commands(fleet.nodes["n2"].run_dir, ((name, b"") for name in names), 8))

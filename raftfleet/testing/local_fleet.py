@@ -280,6 +280,12 @@ class LocalFleet:
             node.process.kill()
         self._wait_ended(node, processes, deadline_s)
 
+    def kill_all_nodes(self) -> None:
+        """SIGKILL to every process of all nodes, as near to at once as signals go; return when all are gone."""
+        _signal_all([process for node in self.nodes.values() for process in node.processes()], signal.SIGKILL)
+        for name in self.nodes:
+            self.kill_node(name)
+
     def restart_node(
         self, name: str, *, wait: bool = True, deadline_s: float = START_DEADLINE_S, workers: int | None = None
     ) -> LocalNode:

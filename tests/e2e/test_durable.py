@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 
-import psutil
 import pytest
 from e2e.conftest import APPS
 from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
@@ -28,16 +26,6 @@ def durable() -> Iterator[LocalFleet]:
         yield fleet
 
 
-def kill_all(fleet: LocalFleet) -> None:
-    """SIGKILL to every process of all nodes, as near to at once as signals go."""
-    processes = [process for node in fleet.nodes.values() for process in node.processes()]
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):  # its supervisor, killed before it, took it along
-            process.kill()
-    for name in fleet.nodes:
-        fleet.kill_node(name)
-
-
 def restart_all(fleet: LocalFleet) -> None:
     for name in fleet.nodes:
         fleet.restart_node(name, wait=False)
@@ -56,7 +44,7 @@ def test_all_nodes_killed_at_once_under_load_lose_nothing_and_run_nothing_twice(
     with Load(durable, groups, via=ZONES, pause_s_max=0.02, retry=90) as load:
         for _ in range(ROUNDS):
             load.await_progress(10, deadline_s=60.0)
-            kill_all(durable)
+            durable.kill_all_nodes()
             restart_all(durable)
         load.await_progress(10, deadline_s=60.0)
     assert instances(durable) == before, "every shard came back as itself"

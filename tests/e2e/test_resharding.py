@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 from e2e.conftest import APPS
 from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
-from e2e.test_durable import kill_all
 
 from raftfleet.core.names import shard_of
 from raftfleet.testing import LocalFleet
@@ -89,7 +88,7 @@ def test_all_nodes_at_once_more_then_fewer_killed_on_the_way(durable: LocalFleet
     with Load(durable, groups, via=ZONES, retry=90) as load:
         load.await_progress(3, deadline_s=60.0)
         for workers in (4, 1, 3, 2):  # the next number comes while groups may still be on their way
-            kill_all(durable)
+            durable.kill_all_nodes()
             restart_all(durable, workers)
             load.await_progress(3, deadline_s=120.0)
         wait_resharded(durable, groups, 2)
