@@ -26,8 +26,10 @@ from raftfleet.client import copying, core, discovery
 from raftfleet.client.core import (
     CONTROL,
     DONE,
+    HOLD_US_MAX,
     IN_FLIGHT,
     READY,
+    RUNS_UNHELD_MAX,
     Call,
     ClientCore,
     Leader,
@@ -419,6 +421,8 @@ class _Link(asyncio.BufferedProtocol):
         self._loop = fleet._loop
         self._outbox: list[Call] = []
         self._in_flight: dict[int, list[Call]] = {}  # by the id of the first of each run
+        self._held: dict[Any, list[Call]] = {}  # kin of a run under way -> calls that leave when it has come back
+        self._is_hold_timed = False
         self._transport: asyncio.Transport | None = None
         self._is_ready = False
         self._is_paused = False
@@ -431,7 +435,14 @@ class _Link(asyncio.BufferedProtocol):
         self._opening = self._loop.create_task(self._open())
 
     def enqueue(self, call: Call) -> None:
-        """Send ``call`` with what else there is when the loop comes round."""
+        """Send ``call`` with what else there is when the loop comes round, or when its kin have come back (rule 7)."""
+        held = self._held.get(call.kin)
+        if held is not None and (held or len(self._in_flight) > RUNS_UNHELD_MAX) and call.is_patient:
+            held.append(call)
+            if not self._is_hold_timed:
+                self._is_hold_timed = True
+                self._loop.call_later(HOLD_US_MAX / 1e6, self._release_all)
+            return
         self._outbox.append(call)
         if not self._is_flush_scheduled and self._is_ready:
             self._is_flush_scheduled = True
@@ -510,6 +521,9 @@ class _Link(asyncio.BufferedProtocol):
             run = in_flight.pop(request_id, None)
             if run is None:
                 continue
+            held = self._held.pop(run[0].kin, None)
+            if held:
+                self._release(held)
             if code != ipc.OK or len(run) == 1:
                 for number, call in enumerate(run, request_id):
                     self._tell(call, number, code, body, now_us)
@@ -572,10 +586,26 @@ class _Link(asyncio.BufferedProtocol):
             fleet._next_request_id += len(run)
             request = attempt_run(run, first_id, slot.uid if slot is not None else 0, now_us, wall_us)
             in_flight[first_id] = run
+            if not is_control:
+                self._held.setdefault(run[0].kin, [])
             items.append(request)
             size_bytes += FRAME_BYTES + 1 if is_control else len(request[-1]) + 64
         if items:
             self._transport.write(ipc.pack_frame(items))
+
+    def _release(self, calls: list[Call]) -> None:
+        self._outbox += calls
+        if not self._is_flush_scheduled:
+            self._is_flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _release_all(self) -> None:
+        """What is held has waited long enough: a group may be without a leader, and its calls wait in the node then."""
+        self._is_hold_timed = False
+        held, self._held = self._held, {}
+        for calls in held.values():
+            if calls:
+                self._release(calls)
 
     def _must_wait(self) -> bool:
         return self._is_paused or not self._is_ready
@@ -592,6 +622,7 @@ class _Link(asyncio.BufferedProtocol):
         self._is_over = True
         self._fleet._drop(self)
         now_us = _now_us()
+        self._release_all()
         outbox, self._outbox = self._outbox, []
         in_flight, self._in_flight = self._in_flight, {}
         for call in outbox:

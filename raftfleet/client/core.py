@@ -31,6 +31,9 @@ Rules:
 5. An answer to an attempt that was given up already is used if the call still runs, and dropped if not.
 6. First attempts that leave together for one group travel as a **run** (:func:`runs`): one request, one answer or a few
    parts of one. Every call in it stays a call of its own, with its deadline, doubts and retries. A retry goes alone.
+7. Where more than :data:`RUNS_UNHELD_MAX` runs are under way, a driver may hold the next run to a group until the one
+   before it has come back, for :data:`HOLD_US_MAX` at most: it has grown by then, and every run has its price on all
+   the way to the followers' logs. With few under way nothing is held, for then it would only cost time.
 """
 
 from __future__ import annotations
@@ -53,6 +56,10 @@ if TYPE_CHECKING:
 
 WINDOW = 1024
 """Commands of one client and group from the oldest unfinished one to the newest: what the group must remember of us."""
+
+RUNS_UNHELD_MAX = 16
+HOLD_US_MAX = 50_000
+"""See rule 7."""
 
 GRACE_US = 100_000
 """How much longer than the node an attempt is waited for: the node's own answer says more than our silence."""
@@ -209,6 +216,7 @@ class Call:
         result: of a call that is DONE without an error.
         error: what a call that is DONE raises, or None.
         waiter: the driver's own.
+        kin: equal for calls that may share a run; None for a control call.
     """
 
     # What a call begins with is the class's: only what differs is written into each one. (Measured: with slots and all
@@ -233,6 +241,7 @@ class Call:
     result: Any = None
     error: BaseException | None = None
     waiter: Any = None
+    kin: Any = None
 
     def __init__(self, kind: int, name: str, arg: Any, timeout_us: int, retry: int, retry_interval_us: int) -> None:
         self._kind = kind
@@ -247,6 +256,11 @@ class Call:
     def is_control(self) -> bool:
         """Whether this goes to the manager, not to the shard that owns a group's name."""
         return self._kind == ipc.CALL
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether a driver may let it wait for :data:`HOLD_US_MAX`: a first attempt, with time enough."""
+        return not self._attempt_count and self._timeout_us >= 4 * HOLD_US_MAX
 
     @property
     def _is_repeatable(self) -> bool:
@@ -459,12 +473,11 @@ def runs(calls: list[Call]) -> list[list[Call]]:
         if call._kind == ipc.CALL or call._attempt_count or len(call._arg) > _RUN_ARG_BYTES_MAX:
             result.append([call])
             continue
-        session = call._session
-        key = session if session is not None else (call.name, call._consistency)
+        key = call.kin
         run = growing.get(key)
         if run is not None and len(run) < RUN_COMMANDS_MAX:
             last = run[-1]
-            if last._timeout_us == call._timeout_us and (session is None or last._seq + 1 == call._seq):
+            if last._timeout_us == call._timeout_us and (call._kind == ipc.QUERY or last._seq + 1 == call._seq):
                 run.append(call)
                 continue
         growing[key] = run = [call]
@@ -545,7 +558,7 @@ class ClientCore:
         session = self._sessions.get(name) if isinstance(name, str) else None
         if session is None:
             session = self._sessions.setdefault(name, Session(check_group_name(name)))
-        call._session = session
+        call._session = call.kin = session
         call._client_id = self.client_id
         return call
 
@@ -564,6 +577,7 @@ class ClientCore:
             check_group_name(name)
         call = self._group_call(ipc.QUERY, name, packed, timeout, retry, retry_interval)
         call._consistency = CONSISTENCIES[consistency]
+        call.kin = name, consistency
         return call
 
     def control(self, method: str, args: dict[str, Any], timeout: float, where: int | None = None) -> Call:

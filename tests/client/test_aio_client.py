@@ -15,6 +15,7 @@ from client.fake_node import HANG_UP, FakeNode
 import raftfleet
 from raftfleet import errors
 from raftfleet.client import aio
+from raftfleet.core.names import shard_of
 from raftfleet.wire import ipc
 
 CONFIG = raftfleet.GroupConfig("m:C")
@@ -157,6 +158,108 @@ def test_commands_asked_for_together_go_out_in_one_frame(node: FakeNode) -> None
 
     run(node, body)
     assert (frames, node.run_counts) == ([1], [64]), "one frame, and in it one run"
+
+
+class _Withheld:
+    """Answers to nothing until :meth:`answer_all`; then to all of it, and at once to what comes later."""
+
+    def __init__(self, node: FakeNode) -> None:
+        # All belong to the shard of "answer", so that they share a connection.
+        self.names = [name for name in map("g{}".format, range(1000)) if shard_of(name, 2) == shard_of("answer", 2)]
+        self.node = node
+        self.replies: list[Any] = []
+        node.script = self._script
+
+    def _script(self, node: FakeNode, where: int, request: list[Any]) -> Any:
+        reply = node.serve(where, request)
+        if request[2] != "answer":
+            self.replies.append(reply)
+            return None
+        node.script = FakeNode.serve
+        return [*self.replies, reply]
+
+    def begin(self, fleet: aio.Fleet, names: list[str]) -> list[asyncio.Task[Any]]:
+        return [asyncio.create_task(fleet.command(name, "inc", timeout=60.0)) for name in names]
+
+    async def received(self, count: int) -> None:
+        deadline_s = asyncio.get_running_loop().time() + 60
+        while len(self.node.requests()) < count:
+            assert asyncio.get_running_loop().time() < deadline_s
+            await asyncio.sleep(0.005)
+
+    async def answer_all(self, fleet: aio.Fleet) -> None:
+        await fleet.command("answer", "now", timeout=60.0)
+
+
+def test_with_many_runs_under_way_a_group_has_one_and_what_comes_meanwhile_leaves_together(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "HOLD_US_MAX", 600_000_000)
+    withheld = _Withheld(node)
+    names = withheld.names[: aio.RUNS_UNHELD_MAX + 1]
+
+    async def body(fleet: aio.Fleet) -> None:
+        first = withheld.begin(fleet, names)
+        await withheld.received(len(names))
+        for _ in range(3):  # one after the other, and still one run
+            first += withheld.begin(fleet, names[:1])
+            await asyncio.sleep(0.02)
+        assert node.run_counts == [] and len(node.requests()) == len(names)
+        await withheld.answer_all(fleet)
+        assert await asyncio.gather(*first) == [0] * len(names) + [1, 2, 3]
+
+    run(node, body)
+    assert node.run_counts == [3]
+
+
+def test_with_few_runs_under_way_nothing_waits_for_another(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "HOLD_US_MAX", 600_000_000)
+    withheld = _Withheld(node)
+    names = withheld.names[: aio.RUNS_UNHELD_MAX]
+
+    async def body(fleet: aio.Fleet) -> None:
+        first = withheld.begin(fleet, names)
+        await withheld.received(len(names))
+        first += withheld.begin(fleet, names[:1])
+        await withheld.received(len(names) + 1)
+        await withheld.answer_all(fleet)
+        assert await asyncio.gather(*first) == [0] * len(names) + [1]
+
+    run(node, body)
+
+
+def test_a_group_that_does_not_answer_holds_nothing_for_long(node: FakeNode) -> None:
+    withheld = _Withheld(node)
+    names = withheld.names[: aio.RUNS_UNHELD_MAX + 1]
+
+    async def body(fleet: aio.Fleet) -> None:
+        first = withheld.begin(fleet, names)
+        await withheld.received(len(names))
+        first += withheld.begin(fleet, names[:1])
+        await withheld.received(len(names) + 1)
+        await withheld.answer_all(fleet)
+        assert await asyncio.gather(*first) == [0] * len(names) + [1]
+
+    run(node, body)
+
+
+def test_what_is_held_when_the_connection_breaks_goes_out_on_the_next_one(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "HOLD_US_MAX", 600_000_000)
+    withheld = _Withheld(node)
+    names = withheld.names[: aio.RUNS_UNHELD_MAX + 1]
+
+    async def body(fleet: aio.Fleet) -> None:
+        first = withheld.begin(fleet, names)
+        await withheld.received(len(names))
+        first += withheld.begin(fleet, names[:1])
+        await asyncio.sleep(0.02)
+        node.script = FakeNode.serve
+        node.hang_up()
+        assert await asyncio.gather(*first) == [0] * len(names) + [1]
+
+    run(node, body)
 
 
 def test_a_retry_is_the_same_command_and_is_applied_once(node: FakeNode) -> None:
