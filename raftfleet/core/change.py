@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from raftfleet.core.leading import Leading
     from raftfleet.core.member import Member
     from raftfleet.core.membership import Membership
-    from raftfleet.core.messages import Gone, Lost
+    from raftfleet.core.messages import Gone
 
 CAUGHT_UP_ENTRIES = 16
 """A learner so close behind the commit index (entries are batches) is caught up: under load none is ever level."""
@@ -131,15 +131,6 @@ def leave(member: Member) -> None:
         member.step_down()
     if member.id not in member.committed_membership()[1] and member.id not in member.membership:
         member.shard.drop_member(member)
-
-
-def on_lost(member: Member, sender: int, m: Lost) -> None:
-    """A member's disk lost what this life of it knew. It follows no more; the owner is told, and removes it."""
-    lead = member.lead
-    progress = lead.progress.get(sender) if lead is not None and m.term == member.term else None
-    if progress is not None and progress.life == m.life and not progress.is_lost:
-        progress.is_lost = True
-        member.shard.event("member_lost", member.uid, sender)
 
 
 def on_gone(member: Member, sender: int, m: Gone) -> None:

@@ -42,6 +42,7 @@ from raftfleet.core.messages import (
     CONFIG,
     FORCE_CONFIG,
     LINK_LIST_ANSWER,
+    LOSS_QUERY,
     RECOVER_QUERY,
     SNAPSHOT,
     TIMEOUT_NOW,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 FINISH_ROUNDS_MAX = 16
 """A turn that :meth:`DurableShard.finish` does not end by then goes on in the next: nothing waits for it."""
-_NEW_THINGS = frozenset((VOTE, VOTE_ANSWER, SNAPSHOT, TIMEOUT_NOW, RECOVER_QUERY, FORCE_CONFIG))
+_NEW_THINGS = frozenset((VOTE, VOTE_ANSWER, SNAPSHOT, TIMEOUT_NOW, RECOVER_QUERY, FORCE_CONFIG, LOSS_QUERY))
 
 
 class Disk(Protocol):

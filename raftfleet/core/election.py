@@ -131,6 +131,7 @@ def _start_leading(member: Member) -> None:
     member.timer_us = 0
     member.votes = None
     member.recovery = None
+    member.losses = None
     member.incoming = None
     lead = member.lead = Leading(shard.now_us)
     for index, _ in member.memberships:

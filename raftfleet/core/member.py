@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from raftfleet.core.divergence import Audit
     from raftfleet.core.leading import Leading
     from raftfleet.core.membership import Membership
+    from raftfleet.core.repair import Losses
     from raftfleet.core.shard import Shard
 
 
@@ -97,6 +98,7 @@ class Member:
         "life",
         "life_term",
         "log",
+        "losses",
         "machine",
         "memberships",
         "name",
@@ -148,6 +150,7 @@ class Member:
         self.votes: dict[int, bool] | None = None  # since the last campaign, until it is over
         self.lead: Leading | None = None
         self.incoming: tuple[int, int, int, bytearray] | None = None  # snapshot: index, term, total, bytes so far
+        self.losses: Losses | None = None  # what peers' disks lost, as told since there is no leader
         self.recovery: dict[int, tuple[int, int, int]] | None = None  # survivor -> (last term, last index, term)
         self.session_table = Sessions(config.session_ttl_us, config.session_count_max)
         self.active_version = config.machine_version or 1
@@ -266,7 +269,6 @@ class Member:
     remove = change.remove
     leave = change.leave
     on_gone = change.on_gone
-    on_lost = change.on_lost
 
     # replication: the log to all others, as leader
     propose = replication.propose
@@ -294,6 +296,8 @@ class Member:
     on_timeout_now = election.on_timeout_now
 
     # repair: a majority that is lost for good
+    on_lost = repair.on_lost
+    on_loss_query = repair.on_loss_query
     lost_majority = repair.lost_majority
     on_recover_query = repair.on_recover_query
     on_recover_answer = repair.on_recover_answer

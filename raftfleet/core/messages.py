@@ -46,6 +46,7 @@ RECOVER_QUERY = 10
 RECOVER_ANSWER = 11
 FORCE_CONFIG = 12
 LOST = 13
+LOSS_QUERY = 14
 DIGEST = 16
 BEAT = 32
 BEAT_ANSWER = 33
@@ -178,8 +179,17 @@ class Gone(NamedTuple):
 class Lost(NamedTuple):
     """What this life of the sender's member held is damaged: remove it, and add it again if it is wanted.
 
-    ``term``: of the message that is answered.
+    ``term``: of the message that is answered. Lives below this one are lost too.
     """
+
+    kind: int
+    uid: int
+    term: int
+    life: int
+
+
+class LossQuery(NamedTuple):
+    """Of a member without a leader, to one that told the loss of an earlier life: is this life of it lost as well?"""
 
     kind: int
     uid: int
@@ -282,6 +292,7 @@ MESSAGE_TYPES: dict[int, type] = {
     RECOVER_ANSWER: RecoverAnswer,
     FORCE_CONFIG: ForceConfig,
     LOST: Lost,
+    LOSS_QUERY: LossQuery,
     DIGEST: Digest,
     BEAT: Beat,
     BEAT_ANSWER: BeatAnswer,

@@ -3,6 +3,11 @@
 This module does not judge who is dead: the shard is told (an operator's word, or proof that an instance cannot come
 back). Nobody is ever dead because of silence (DESIGN 5.15).
 
+An instance may live on without what one of its members knew: the records on its disk are damaged. It says so itself, to
+whoever asks it for a vote (``Lost``), and comes back as a new member only. Its word is about one *life* of the member:
+it counts where it reaches the life that the asker's configuration knows. For this group such a voter is as dead as one
+whose instance is gone: an operator has to give it up, unless the group's config does so beforehand.
+
 The way of it::
 
     smallest survivor  --RecoverQuery-->   every other survivor   (all must answer)
@@ -22,11 +27,13 @@ from raftfleet.core import own_log, roles
 from raftfleet.core.messages import (
     CONFIG,
     FORCE_CONFIG,
+    LOSS_QUERY,
     RECOVER_ANSWER,
     RECOVER_QUERY,
     VOTE,
     Entry,
     ForceConfig,
+    LossQuery,
     RecoverAnswer,
     RecoverQuery,
     Vote,
@@ -34,11 +41,81 @@ from raftfleet.core.messages import (
 from raftfleet.core.roles import CANDIDATE, EPOCH_SHIFT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from raftfleet.core.member import Member
+    from raftfleet.core.messages import Lost
 
 
 FIRST_TERM_MASK = 0xFFFFF
 """Low bits of an instance, which is random: a million elections' worth of the four thousand million of an epoch."""
+
+
+class Losses:
+    """What is known of damaged members while there is no leader; forgotten as soon as there is one.
+
+    Attributes:
+        lives: instance -> the life (and all earlier ones) that it said it lost.
+        declared: instances that the operator gave up. Counts only together with their own word.
+    """
+
+    __slots__ = ("declared", "lives")
+
+    def __init__(self) -> None:
+        self.lives: dict[int, int] = {}
+        self.declared: set[int] = set()
+
+
+def lost_instances(member: Member) -> set[int]:
+    """Members whose disks lost what they knew in their present lives, by their own word."""
+    losses = member.losses
+    if losses is None:
+        return set()
+    lives = member.membership.lives
+    return {instance for instance, life in losses.lives.items() if lives.get(instance, life + 1) <= life}
+
+
+def given_up(member: Member) -> set[int]:
+    """Those of :func:`lost_instances` that the operator gave up."""
+    losses = member.losses
+    return lost_instances(member) & losses.declared if losses is not None else set()
+
+
+def declare_lost(member: Member, instances: Iterable[int]) -> None:
+    """The operator gives up what these members lost. Without effect on any that has not lost it."""
+    if member.hears_leader():
+        return
+    if member.losses is None:
+        member.losses = Losses()
+    member.losses.declared.update(instances)
+
+
+def on_lost(member: Member, sender: int, m: Lost) -> None:
+    """A member's disk lost what this life of it knew. It follows no more; the owner is told, and removes it."""
+    lead = member.lead
+    if lead is None:
+        _on_lost_without_leader(member, sender, m)
+        return
+    progress = lead.progress.get(sender) if m.term == member.term else None
+    if progress is not None and progress.life == m.life and not progress.is_lost:
+        progress.is_lost = True
+        member.shard.event("member_lost", member.uid, sender)
+
+
+def _on_lost_without_leader(member: Member, sender: int, m: Lost) -> None:
+    life = member.membership.lives.get(sender)
+    if life is None or member.hears_leader():
+        return
+    if m.life < life:
+        member.shard.send_saved(sender, LossQuery(LOSS_QUERY, member.uid, member.term, life))
+        return
+    if member.losses is None:
+        member.losses = Losses()
+    member.losses.lives[sender] = m.life
+
+
+def on_loss_query(member: Member, sender: int, m: LossQuery) -> None:
+    """Asked of a member that is here: nothing is lost, and its votes and appends say so."""
 
 
 def lost_majority(member: Member) -> set[int] | None:
@@ -61,7 +138,7 @@ def try_recovery(member: Member) -> bool:
     if dead is None:
         return False
     if member.config.on_majority_loss == "new":
-        member.shard.event("majority_lost", member.uid, sorted(dead))
+        member.shard.event("majority_lost", member.uid, sorted(dead), sorted(dead & lost_instances(member)))
         return True
     survivors = [voter for voter in member.membership.voters if voter not in dead]
     if not survivors:
@@ -130,6 +207,7 @@ def on_force_config(member: Member, sender: int, m: ForceConfig) -> None:
     member.vote = member.id
     member.shard.save_vote(member)
     lives = {i: life for i, life in member.membership.lives.items() if i in m.voters or i not in gone}
+    damaged = sorted(lost_instances(member) & set(m.dead))
     node_of = member.shard.node_of
     audit = {
         "what": "majority lost; went on with the survivors",
@@ -137,6 +215,7 @@ def on_force_config(member: Member, sender: int, m: ForceConfig) -> None:
         "wall_us": member.shard.wall_us,
         "dead": list(m.dead),
         "dead_nodes": sorted({node_of(instance) for instance in m.dead}),
+        "damaged_nodes": sorted({node_of(instance) for instance in damaged}),
         "voters": list(m.voters),
         "voter_nodes": sorted({node_of(instance) for instance in m.voters}),
         "voters_before": list(member.membership.voters),

@@ -26,6 +26,8 @@ FOLLOWER = "follower"
 PRE_CANDIDATE = "pre_candidate"
 CANDIDATE = "candidate"
 LEADER = "leader"
+DAMAGED = "damaged"
+"""No role: shown in place of one where what a member held is lost to its disk."""
 EPOCH_SHIFT = 32
 NEVER_US = -(1 << 62)
 
@@ -59,6 +61,7 @@ def follow(member: Member, term: int, leader: int) -> None:
     member.recovery = None
     if leader:
         member.last_leader = leader
+        member.losses = None
         if not member.vote:
             # The term has its leader. A member that lost its memory of this term (removed, added again) must not
             # give a second vote in it.

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raftfleet.core import repair
 from raftfleet.core.codes import GONE_UID, NOT_LEADER
 from raftfleet.core.config import GroupConfig
 from raftfleet.core.links import LIST_PART_GROUPS, MISMATCHES_BEFORE_LIST, Link, SentBeat
@@ -44,6 +45,7 @@ from raftfleet.core.messages import (
     GONE,
     LINK_LIST,
     LINK_LIST_ANSWER,
+    LOSS_QUERY,
     LOST,
     RECOVER_ANSWER,
     RECOVER_QUERY,
@@ -173,6 +175,7 @@ class Shard:
             RECOVER_ANSWER: Member.on_recover_answer,
             FORCE_CONFIG: Member.on_force_config,
             LOST: Member.on_lost,
+            LOSS_QUERY: Member.on_loss_query,
             DIGEST: Member.on_digest,
         }
         self._link_handlers: dict[int, Callable[[Link, Any], None]] = {
@@ -446,6 +449,9 @@ class Shard:
                 self.send(sender, Gone(GONE, uid, message[2], -1))
             return None
         buried = self.tombstones.get(uid)
+        if buried is not None and buried.is_lost and kind in (VOTE, LOSS_QUERY):
+            self._tell_loss(sender, message, buried)
+            return None
         if kind == VOTE:
             if buried is not None and sender not in buried.members:
                 # It was removed before this member was, and those who remain may be unknown to it.
@@ -494,6 +500,18 @@ class Shard:
             self.save_tombstone(uid, buried)
         self.send_saved(sender, Lost(LOST, uid, message.term, life))
         return True
+
+    def _tell_loss(self, sender: int, message: Any, buried: Tombstone) -> None:
+        """To whoever has no leader: this member cannot help to elect one, and never will in the life asked about.
+
+        A vote says nothing of lives, so it hears of the last one that is known here; the record of a later one may be
+        damaged too. Whoever knows of such a life asks about it.
+        """
+        uid = message[1]
+        if message[0] == LOSS_QUERY and message.life > buried.life:
+            buried = self.tombstones[uid] = buried._replace(life=message.life)
+            self.save_tombstone(uid, buried)
+        self.send_saved(sender, Lost(LOST, uid, message.term, buried.life))
 
     # ------------------------------------------------------------------ requests
 
@@ -607,8 +625,8 @@ class Shard:
     def gone_for(self, member: Member) -> set[int]:
         """Instances that count as lost for good when ``member``'s group has lost its majority."""
         if member.config.on_majority_loss != "wait":
-            return set(self.gone)
-        return {instance for instance, why in self.gone.items() if why == "operator"}
+            return {*self.gone, *repair.lost_instances(member)}
+        return {instance for instance, why in self.gone.items() if why == "operator"} | repair.given_up(member)
 
     @contextlib.contextmanager
     def user_code(self, member: Member | None) -> Iterator[None]:

@@ -445,7 +445,7 @@ class Host(RestoringLayer):
         elif kind == "led_in_quarantine":
             self.note("error", f"group {self._name(uid)}: led from here for a moment, since no other member could")
         elif kind == "majority_lost":
-            self._renew(uid, event[2])
+            self._renew(uid, event[2], event[3])
         elif kind == "recovered":
             self.note("warning", f"group {self._name(uid)}: majority lost and declared dead; went on: {event[2]}")
 

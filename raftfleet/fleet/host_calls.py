@@ -15,9 +15,11 @@ from typing import Any
 
 import msgpack
 
+from raftfleet.core import repair
 from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NO_LEADER, NOT_LEADER, OK, REFUSED
 from raftfleet.core.host_messages import OP_QUERY
 from raftfleet.core.names import FLEET_GROUP, FLEET_UID
+from raftfleet.core.roles import DAMAGED
 from raftfleet.fleet.host_changing import ChangingLayer
 from raftfleet.fleet.host_copying import COPY_US, PIECE_US
 from raftfleet.fleet.host_state import RETRY_PARKED_US
@@ -145,7 +147,24 @@ class CallLayer(ChangingLayer):
                     *(self.instance, list(member.voters), list(member.learners)),
                 ]
             )
+        if self.disk is not None:
+            rows.extend(self._damaged_row(uid) for uid, buried in self.shard.tombstones.items() if buried.is_lost)
         answer(OK, rows)
+
+    def _damaged_row(self, uid: int) -> list[Any]:
+        """Of a member whose records are damaged: with the newest snapshot that it left in the archive, if any."""
+        assert self.disk is not None
+        group = self.fleet.groups.get(uid)
+        name = FLEET_GROUP if uid == FLEET_UID else (group.name if group is not None else "")
+        return [name, uid, DAMAGED, 0, 0, 0, 0, 0, self.instance, [], [], *self.disk.archived_snapshot(uid)]
+
+    def _call_declare_lost(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
+        """The operator gives up what these members lost: ``[[uid, [instance, ...]], ...]``."""
+        for uid, instances in args["losses"]:
+            member = self.shard.members.get(int(uid))
+            if member is not None:
+                repair.declare_lost(member, [int(instance) for instance in instances])
+        answer(OK, {})
 
     def _call_declare_dead(self, connection: int, args: dict[str, Any], timeout_us: int, answer: Any) -> None:
         for instance in args["instances"]:
@@ -315,6 +334,7 @@ _CALLS: dict[str, Callable[[CallLayer, int, dict[str, Any], int, Any], None]] = 
     "fleet_query": CallLayer._call_fleet_query,
     "local_groups": CallLayer._call_local_groups,
     "declare_dead": CallLayer._call_declare_dead,
+    "declare_lost": CallLayer._call_declare_lost,
     "drain": CallLayer._call_drain,
     "group_status": CallLayer._call_group_status,
     "replace_leader": CallLayer._call_replace_leader,

@@ -158,7 +158,7 @@ class FollowingLayer(RoutingLayer):
                 if uid is not None and (group is None or group.uid != uid):
                     self._group_removed(command[1], uid)
                 self._drop_guests()
-            elif what == "renew_group":
+            elif what in ("renew_group", "renew_damaged_group"):
                 self._group_renewed(command[1])
             elif what == "change_config":
                 self._config_changed(command[1])
@@ -277,13 +277,13 @@ class FollowingLayer(RoutingLayer):
             if group is not None:
                 self._group_added(group)
 
-    def _renew(self, uid: int, dead: list[int]) -> None:
+    def _renew(self, uid: int, dead: list[int], damaged: list[int]) -> None:
         """A group here has lost its majority for good, and its config says to begin anew then."""
 
         def answered(code: int, body: Any) -> None:
             self.note("warning", f"group {self._name(uid)}: majority lost, begun anew: {body}")
 
-        command = ["renew_group", uid, dead]
+        command = ["renew_damaged_group", uid, dead, damaged] if damaged else ["renew_group", uid, dead]
         if self.settings.index == 0:
             self._fleet_command(command, 5_000_000, answered)
         else:

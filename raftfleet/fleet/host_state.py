@@ -33,6 +33,9 @@ class HostDisk(Disk, Protocol):
     def save_note(self, key: str, value: bytes) -> None:
         """Remember a small fact of the worker."""
 
+    def archived_snapshot(self, uid: int) -> tuple[str, int]:
+        """Where the newest snapshot of a member that is no more lies, and its index; an empty str if there is none."""
+
     def status(self) -> dict[str, Any]:
         """How it is, for people."""
 

@@ -25,6 +25,7 @@ Commands are lists, first item a str::
     ["add_group", name, replicas, config] ["remove_group", name] ["change_config", name, config]
     ["add_groups", [name, ...], replicas, config]        all of them or, if one is refused, none
     ["renew_group", uid, [instance, ...]]                on_majority_loss = "new": its lost voters, which are gone
+    ["renew_damaged_group", uid, [...], [...]]           the same; the second live, but say they are damaged
 
 ``replaces`` and ``old`` are the node's instances as the asker knew them ([]: none): if they are others by now, the
 command is refused. Without this, a delayed command of a node's former life would declare its present one gone.
@@ -486,14 +487,20 @@ class FleetState:
         del self.by_name[group.name]
         return {"uid": group.uid, "members": members}
 
-    def _renew_group(self, epoch: int, uid: object, dead: object) -> dict[str, Any]:
-        """A group whose state can be rebuilt starts anew and empty, under its name, with a new uid (DESIGN 5.15)."""
+    def _renew_damaged_group(self, epoch: int, uid: object, dead: object, damaged: object) -> dict[str, Any]:
+        return self._renew_group(epoch, uid, dead, _parse_instances(damaged))
+
+    def _renew_group(self, epoch: int, uid: object, dead: object, damaged: tuple[int, ...] = ()) -> dict[str, Any]:
+        """A group whose state can be rebuilt starts anew and empty, under its name, with a new uid (DESIGN 5.15).
+
+        ``damaged``: instances that live, and have told a member of the group that the records of theirs are damaged.
+        """
         group = self.groups.get(uid) if isinstance(uid, int) else None
         if group is None:
             raise FleetRefused(GROUP_NOT_FOUND, f"there is no group with uid {uid!r:.100}")
         if group.config["on_majority_loss"] != "new":
             raise FleetRefused(REFUSED, f"{group.name!r} has on_majority_loss = {group.config['on_majority_loss']}")
-        alive = [instance for instance in _parse_instances(dead) if instance not in self.gone]
+        alive = [i for i in _parse_instances(dead) if i not in self.gone and i not in damaged]
         if alive:
             raise FleetRefused(REFUSED, f"instances {alive} are not known to be gone")
         if not any(node.active for node in self.nodes.values()):
@@ -680,6 +687,7 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], int]] = {
     "remove_group": (FleetState._remove_group, 1),
     "change_config": (FleetState._change_config, 2),
     "renew_group": (FleetState._renew_group, 2),
+    "renew_damaged_group": (FleetState._renew_damaged_group, 3),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from raftfleet.core.codes import BAD_REQUEST, GROUP_NOT_FOUND, NOT_ACTIVE, OK, OUTCOME_UNKNOWN, REFUSED, UNANSWERED
 from raftfleet.core.names import shard_of
+from raftfleet.core.roles import DAMAGED
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer, Reply, StopNode
 from raftfleet.fleet.manager_repair import ManagerRepair
 
@@ -240,7 +241,7 @@ class ManagerCalls(ManagerRepair):
             for node in sorted(rows):
                 for _name, uid, role, leader, term, _last, commit, *_ in rows[node]:
                     group = found.get(uid)
-                    if group is None:
+                    if group is None or role == DAMAGED:
                         continue
                     if role != "learner":
                         group["members"].append(node)

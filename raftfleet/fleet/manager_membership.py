@@ -17,6 +17,7 @@ from typing import Any
 from raftfleet.core.codes import OK, REFUSED
 from raftfleet.core.manager_messages import NodeRecord
 from raftfleet.core.names import FLEET_GROUP
+from raftfleet.core.roles import DAMAGED
 from raftfleet.fleet.machine import FleetState, Node
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_resharding import ManagerResharding
@@ -107,7 +108,7 @@ class ManagerMembership(ManagerResharding):
                     return
                 waiting.discard(index)
                 rows.extend(body)
-                if not waiting and not any(row[1] != 0 for row in rows):
+                if not waiting and not any(row[1] != 0 and row[2] != DAMAGED for row in rows):
                     self._leave_if_no_voter(state, mine)
 
             return answered

@@ -17,7 +17,8 @@ from typing import Any
 
 from raftfleet.core.codes import NOT_ACTIVE, OK, REFUSED
 from raftfleet.core.manager_messages import NodeRecord
-from raftfleet.core.names import FLEET_GROUP
+from raftfleet.core.names import FLEET_GROUP, FLEET_UID
+from raftfleet.core.roles import DAMAGED
 from raftfleet.fleet.machine import FleetState, Node
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_rpc import ManagerRpcs
@@ -228,7 +229,7 @@ class ManagerRemoval(ManagerRpcs):
                 self._wait_for(timeout_us, lambda: self._now_us >= again_us, lambda _: check())
                 return
             said = self._leaderless(now)
-            empty = sorted(group for group in waiting if not said[group])
+            empty = sorted(group for group in waiting if _is_all_damaged(said[group]))
             text = message
             if len(waiting) > len(empty):
                 text += (
@@ -267,12 +268,17 @@ class ManagerRemoval(ManagerRpcs):
 
     def _leaderless(self, rows: dict[str, list[list[Any]]]) -> dict[str, dict[str, Any]]:
         """Groups that no reachable member knows a reachable leader of, with what each of them says."""
+        return {name: members for _, name, members in self._leaderless_rows(rows)}
+
+    def _leaderless_rows(self, rows: dict[str, list[list[Any]]]) -> list[tuple[int, str, dict[str, Any]]]:
+        """As :meth:`_leaderless`: (uid, name, node -> what its member says)."""
         led: set[int] = set()
         said: dict[int, dict[str, Any]] = {}
-        names: dict[int, str] = {0: FLEET_GROUP}
+        names: dict[int, str] = {FLEET_UID: FLEET_GROUP}
         for node in sorted(rows):
             for name, uid, role, leader, term, last_index, *_ in rows[node]:
-                names[uid] = name
+                if name:  # a damaged member may not know it
+                    names[uid] = name
                 home = self.state.instance_home(leader) if leader and self.state is not None else None
                 if role == "leader":
                     led.add(uid)
@@ -282,12 +288,20 @@ class ManagerRemoval(ManagerRpcs):
                     "last_index": last_index,
                     "leader": home[0] if home else None,
                 }
-        result = {names[uid]: members for uid, members in sorted(said.items()) if uid not in led}
+        result = [
+            (uid, names.get(uid, f"uid {uid}"), members) for uid, members in sorted(said.items()) if uid not in led
+        ]
         if self.state is not None:
-            for group in self.state.groups.values():
-                if group.uid not in said:
-                    result[group.name] = {}
+            # A damaged member of a group that is no more is nobody's trouble.
+            groups = {FLEET_UID, *self.state.groups}
+            result = [row for row in result if row[0] in groups or not _is_all_damaged(row[2])]
+            result += [(group.uid, group.name, {}) for group in self.state.groups.values() if group.uid not in said]
         return result
+
+
+def _is_all_damaged(said: dict[str, Any]) -> bool:
+    """Whether of all members that are reported nothing is left, or there is none."""
+    return all(member["role"] == DAMAGED for member in said.values())
 
 
 def _led_terms(rows: dict[str, list[list[Any]]]) -> dict[str, int]:

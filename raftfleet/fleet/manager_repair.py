@@ -9,6 +9,8 @@ Rules, besides those of :mod:`raftfleet.fleet.manager_removal`, on whose machine
 * Silent nodes are declared dead to all shards of all reachable nodes before the fleet is asked, since the fleet group
   may be among the groups that have to be repaired. What restarted nodes had before is declared lost afterwards, by a
   command of the fleet's log.
+* A damaged member is given up for its own group only, and only if its own shard says that it is (its node lives, and
+  all else that it holds is whole). The survivors are told, and act on it when they have the same word from that shard.
 * Each group repairs itself then (:mod:`raftfleet.core.repair`), in a higher epoch and with a record in its log.
 """
 
@@ -18,15 +20,30 @@ from typing import Any
 
 from raftfleet.core.codes import NOT_ACTIVE, OK, REFUSED
 from raftfleet.core.manager_messages import NodeRecord
-from raftfleet.core.names import FLEET_GROUP, FLEET_UID
 from raftfleet.fleet.machine import Node
 from raftfleet.fleet.manager_outputs import SECOND, Answer
 from raftfleet.fleet.manager_removal import RECOVERY_WAIT_US, ManagerRemoval
+from raftfleet.fleet.manager_rpc import Losses, as_losses
 from raftfleet.fleet.manager_state import ignore_answer, text_of
-from raftfleet.fleet.repair_plan import ABSENT, EXTINCT, GIVEN_UP, LOST, REPAIRABLE, SILENT, GroupCase, judge, report_of
+from raftfleet.fleet.repair_plan import (
+    ABSENT,
+    EXTINCT,
+    GIVEN_UP,
+    LOST,
+    REPAIRABLE,
+    SILENT,
+    GroupCase,
+    Report,
+    judge,
+    report_of,
+)
 
 Rows = dict[str, list[list[Any]]]
 NODE_COUNT_MAX = 1024
+
+
+def _losses(cases: list[GroupCase]) -> Losses:
+    return [[case.uid, case.damaged] for case in cases if case.verdict == REPAIRABLE and case.damaged]
 
 
 class ManagerRepair(ManagerRemoval):
@@ -47,20 +64,17 @@ class ManagerRepair(ManagerRemoval):
             "groups": [case.fields() for case in cases],
             "dead": {name: instances.get(name, []) for name in dead},
             "former": sorted({name for case in repairable for name in case.former} - set(dead)),
+            "damaged": _losses(repairable),
             "unreachable": dict(self.unreachable),
         }
 
     def _judge_leaderless(self, rows: Rows) -> list[GroupCase]:
-        uids = {group.name: group.uid for group in self.state.groups.values()} if self.state is not None else {}
-        uids[FLEET_GROUP] = FLEET_UID
-        reports: dict[str, list[Any]] = {}
+        reports: dict[int, list[Report]] = {}
         for node, its_rows in rows.items():
             for row in its_rows:
                 report = report_of(node, row)
                 if report is not None:
-                    uids.setdefault(row[0], row[1])
-                    if uids[row[0]] == row[1]:
-                        reports.setdefault(row[0], []).append(report)
+                    reports.setdefault(row[1], []).append(report)
         homes: dict[int, Node | NodeRecord] = {
             instance: node for node in self._known_nodes() for instance in node.instances
         }
@@ -71,8 +85,8 @@ class ManagerRepair(ManagerRemoval):
             return home.name if home is not None else former.get(instance, f"instance {instance:x}")
 
         return [
-            judge(name, uids[name], reports.get(name, ()), lambda instance: self._fate(instance, homes), node_of)
-            for name in self._leaderless(rows)
+            judge(name, uid, reports.get(uid, ()), lambda instance: self._fate(instance, homes), node_of)
+            for uid, name, _ in self._leaderless_rows(rows)
         ]
 
     def _fate(self, instance: int, homes: dict[int, Node | NodeRecord]) -> str:
@@ -90,10 +104,12 @@ class ManagerRepair(ManagerRemoval):
     # -- the word ---------------------------------------------------------------------------------------------------
 
     def _call_repair(self, args: dict[str, Any], timeout_us: int, answer: Answer) -> None:
-        """``args``: ``dead`` and ``former`` as ``repair_plan`` gave them. Nothing that was not shown is given up."""
-        dead, former = args["dead"], args["former"]
+        """``args``: ``dead``, ``former``, ``damaged`` as ``repair_plan`` gave them. Only what was shown is given up."""
+        dead, former, damaged = args["dead"], args["former"], as_losses(args.get("damaged", []))
         if not isinstance(dead, dict) or not isinstance(former, list) or len(dead) + len(former) > NODE_COUNT_MAX:
             raise ValueError("dead is a map of nodes to instances, former a list of nodes")
+        if damaged is None:
+            raise ValueError("damaged is a list of pairs of a uid and instances")
         if not self.fleet:
             answer(NOT_ACTIVE, self._why_not_active())
             return
@@ -106,16 +122,30 @@ class ManagerRepair(ManagerRemoval):
             if self._answers(node) or name == self.settings.name:
                 answer(REFUSED, f"node {name:.100} answers: nothing was given up; look again")
                 return
-        if not dead and not former:
+        if not dead and not former and not damaged:
             answer(REFUSED, "there is nothing to give up: no group has lost its majority")
             return
-        self._gather(SECOND, lambda rows: self._begin_repair(dead, former, rows, timeout_us, answer))
+        self._gather(SECOND, lambda rows: self._begin_repair(dead, former, damaged, rows, timeout_us, answer))
 
     def _begin_repair(
-        self, dead: dict[str, list[int]], former: list[str], rows: Rows, timeout_us: int, answer: Answer
+        self,
+        dead: dict[str, list[int]],
+        former: list[str],
+        damaged: Losses,
+        rows: Rows,
+        timeout_us: int,
+        answer: Answer,
     ) -> None:
-        before = {case.name for case in self._judge_leaderless(rows) if case.verdict != EXTINCT}
+        cases = self._judge_leaderless(rows)
+        still = {uid: instances for uid, instances in _losses(cases)}
+        changed = [uid for uid, instances in damaged if not set(instances) <= set(still.get(uid, ()))]
+        if changed:
+            answer(REFUSED, f"{len(changed)} groups are not what they were when the plan was made: look again")
+            return
+        before = {case.name for case in cases if case.verdict != EXTINCT}
         names = ", ".join([*dead, *(f"what {name} had" for name in former)])
+        if damaged:
+            names += ", " * bool(names) + f"damaged members of {len(damaged)} groups"
         self._log("warning", f"the operator repairs lost majorities and gives up {names}")
         deadline_us = self._now_us + min(timeout_us * 3 // 4, (2 + bool(former)) * RECOVERY_WAIT_US)
         instances = [instance for its in dead.values() for instance in its]
@@ -124,6 +154,10 @@ class ManagerRepair(ManagerRemoval):
             self._tell_shards_dead(instances)
             for address in self._reachable():
                 self._rpc(address, "declare_dead", {"instances": instances}, 2 * SECOND, ignore_answer)
+        if damaged:
+            self._tell_shards_lost(damaged)
+            for address in self._reachable():
+                self._rpc(address, "declare_lost", {"losses": damaged}, 2 * SECOND, ignore_answer)
         failures: list[str] = []
 
         def declare(left: list[str]) -> None:

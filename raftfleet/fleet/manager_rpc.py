@@ -21,6 +21,22 @@ from raftfleet.fleet.manager_membership import ManagerMembership
 from raftfleet.fleet.manager_outputs import MS, SECOND, Answer
 from raftfleet.fleet.manager_state import as_record, ignore_answer, text_of
 
+Losses = list[list[Any]]
+"""``[[uid, [instance, ...]], ...]``: groups, and their members whose records are damaged."""
+LOSSES_MAX = 20_000
+
+
+def as_losses(value: object) -> Losses | None:
+    """``value`` if it is of that form."""
+    if not isinstance(value, list) or len(value) > LOSSES_MAX:
+        return None
+    for row in value:
+        if not isinstance(row, list) or len(row) != 2 or type(row[0]) is not int or not isinstance(row[1], list):
+            return None
+        if not all(type(instance) is int for instance in row[1]):
+            return None
+    return value
+
 
 class ManagerRpcs(ManagerMembership):
     """Calls between managers, and asking all of them at once."""
@@ -48,6 +64,14 @@ class ManagerRpcs(ManagerMembership):
                 return
             self._log("warning", f"{message.sender.name}: the operator declared instances {instances} dead")
             self._tell_shards_dead(instances)
+            answer(OK, {})
+        elif message.method == "declare_lost":
+            losses = as_losses(message.args.get("losses"))
+            if losses is None:
+                answer(BAD_REQUEST, "losses are pairs of a uid and instances")
+                return
+            self._log("warning", f"{message.sender.name}: the operator gave up damaged members of {len(losses)} groups")
+            self._tell_shards_lost(losses)
             answer(OK, {})
         else:
             answer(BAD_REQUEST, f"there is no method {message.method:.100}")
@@ -115,6 +139,10 @@ class ManagerRpcs(ManagerMembership):
         self._declared.update(instances)
         for index in range(len(self.shards)):
             self._call_shard(index, "declare_dead", {"instances": instances}, 2 * SECOND, ignore_answer)
+
+    def _tell_shards_lost(self, losses: Losses) -> None:
+        for index in range(len(self.shards)):
+            self._call_shard(index, "declare_lost", {"losses": losses}, 2 * SECOND, ignore_answer)
 
     def _gather(self, timeout_us: int, then: Callable[[dict[str, list[list[Any]]]], None]) -> None:
         """Ask this node's shards and every reachable manager for their local groups; ``then`` gets node -> rows."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 
+from raftfleet.core.names import FLEET_GROUP
 from raftfleet.node.cli_common import EXIT_FAILED, connected, node_command, timeout_option
 from raftfleet.node.cli_output import print_json, print_table, say, term_text
 
@@ -21,7 +23,7 @@ VERDICTS = {
     "electing": "has a majority: it needs no repair, only time",
     "repairable": "has lost its majority; it can go on with what is left",
     "blocked": "has lost its majority; a node answers that should have a member and shows none: look into its log",
-    "extinct": "no reachable node has a member: if none comes back, only `remove-group` and `add-group` are left",
+    "extinct": "no reachable node has a member that could go on",
 }
 
 
@@ -35,10 +37,11 @@ def repair(run_dir: Path | None, as_json: bool, yes: bool, dry_run: bool, timeou
     """Bring groups back that have lost the majority of their members for good.
 
     \b
-    Shows what every reachable member of these groups has (term, last index), and which nodes would be given up: those
-    that do not answer, and what nodes had that run again without it. After a yes, the members that are left go on from
-    the most complete of them, in a new epoch. What only the nodes had that are given up is lost, acknowledged commands
-    too. A node that was given up and comes back is refused and must be started anew.
+    Shows what every reachable member of these groups has (term, last index), and what would be given up: nodes that do
+    not answer, what nodes had that run again without it, and members whose records are damaged on nodes that run. After
+    a yes, the members that are left go on from the most complete of them, in a new epoch. What only those had that are
+    given up is lost, acknowledged commands too. A node that was given up and comes back is refused and must be started
+    anew; damaged members come back as new ones by themselves.
 
     Start whatever can still be started before you run this. The record of it stays in each group: see `audit`.
     """
@@ -46,7 +49,7 @@ def repair(run_dir: Path | None, as_json: bool, yes: bool, dry_run: bool, timeou
         plan = fleet.call("repair_plan", {}, min(timeout, 10.0))
         if not as_json or not yes:
             _show_plan(plan)
-        if not plan["dead"] and not plan["former"]:
+        if not plan["dead"] and not plan["former"] and not plan["damaged"]:
             say("there is nothing to give up: " + _nothing_to_do(plan))
             if as_json:
                 print_json({"plan": plan, "done": None})
@@ -58,7 +61,8 @@ def repair(run_dir: Path | None, as_json: bool, yes: bool, dry_run: bool, timeou
             return
         if not yes:
             click.confirm("Give them up for good?", abort=True, err=True)
-        done = fleet.call("repair", {"dead": plan["dead"], "former": plan["former"]}, timeout)
+        word = {part: plan[part] for part in ("dead", "former", "damaged")}
+        done = fleet.call("repair", word, timeout)
     if as_json:
         print_json({"plan": plan, "done": done})
     else:
@@ -93,7 +97,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
             known = member["state"] == "answers"
             term, last_index = (term_text(member["term"]), member["last_index"]) if known else ("-", "-")
             role = "voter" if member["is_voter"] else "learner"
-            rows.append((group["name"], member["node"], role, member["state"], term, last_index))
+            state = "damaged: lost what it had" if member["state"] == "damaged" else member["state"]
+            rows.append((group["name"], member["node"], role, state, term, last_index))
     if rows:
         print_table(("GROUP", "NODE", "MEMBER", "STATE", "TERM", "LAST INDEX"), rows, err=True)
     for name in plan["dead"]:
@@ -102,6 +107,38 @@ def _show_plan(plan: dict[str, Any]) -> None:
         say(f"would be given up: node {name}, {silent}")
     for name in plan["former"]:
         say(f"would be given up: what node {name} had before it was started again without it")
+    for group in plan["groups"]:
+        nodes = sorted(m["node"] for m in group["members"] if m["instance"] in group["damaged"])
+        if nodes:
+            say(f"would be given up: the damaged members of {group['name']} on {', '.join(nodes)}")
+        if group["verdict"] == "extinct":
+            for line in _ways_out(group):
+                say(line)
+
+
+def _ways_out(group: dict[str, Any]) -> list[str]:
+    """What an operator can do for a group of which nobody can go on."""
+    name = group["name"]
+    if name == FLEET_GROUP:
+        return [
+            "start the nodes that are missing. If none has these records any more, the fleet cannot go on: save what "
+            "each group still has (`raftfleet-node export --stale --all DIR`), stop all nodes, move their data "
+            "directories away, start the nodes anew, and put the states back with `raftfleet-node restore DIR`"
+        ]
+    lines = [f"{name}: start the nodes that are missing: one with a whole member brings the group back"]
+    left = [member for member in group["members"] if member["archived"]]
+    for member in sorted(left, key=lambda member: -member["last_index"]):
+        lines.append(
+            f"{name}: node {member['node']} kept a snapshot as of index {member['last_index']}: {member['archived']}"
+        )
+    file = max(left, key=lambda member: member["last_index"])["archived"] if left else "FILE"
+    where = "copy that file away, then" if left else "with a file of `raftfleet-node export`, or of an archive/ folder:"
+    lines.append(
+        f"{name}: else, {where} `raftfleet-node remove-group {quote(name)}` and "
+        f"`raftfleet-node restore {quote(file)} --name {quote(name)} --machine MODULE:CLASS`; without any copy, "
+        f"`raftfleet-node add-group {quote(name)} --machine MODULE:CLASS` begins it anew and empty"
+    )
+    return lines
 
 
 @node_command(_commands, as_json=True)

@@ -318,6 +318,10 @@ class Keeper:
 
     # ------------------------------------------------------------------ facts
 
+    def archived_snapshot(self, uid: int) -> tuple[str, int]:
+        """See :class:`raftfleet.fleet.host_state.HostDisk`."""
+        return self.store.archived_snapshot(uid)
+
     def status(self) -> dict[str, Any]:
         """What ``status`` shows of this disk."""
         store = self.store

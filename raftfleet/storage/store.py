@@ -577,6 +577,23 @@ class ShardStore:
         for _, oldest in sorted(kept)[:-ARCHIVE_FILES_MAX]:
             files.unlink(f"{archive}/{oldest}")
 
+    def archived_snapshot(self, uid: int) -> tuple[str, int]:
+        """Path and index of the snapshot that a removed or damaged member left in the archive; ``("", 0)``: none."""
+        archive = f"{self.path}/archive"
+        try:
+            found = [(*named, name) for name in self.files.listdir(archive) if (named := parse_name(name)) is not None]
+        except OSError:
+            return "", 0
+        own = sorted(row for row in found if row[0] == uid)
+        if not own:
+            return "", 0
+        path = f"{archive}/{own[-1][-1]}"
+        try:
+            info, _ = read_info(self.files, path, check=False)
+        except (OSError, StorageError):
+            return "", 0
+        return path, info.index
+
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> None:
         """See :class:`~raftfleet.storage.base.Storage`."""
         generation = self.reserve_generation()

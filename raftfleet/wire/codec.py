@@ -481,6 +481,7 @@ _FIELDS: dict[int, tuple[Field, ...]] = {
     messages.STEP_DOWN: ("uid", "term"),
     messages.GONE: ("uid", "term", "index"),
     messages.LOST: ("uid", "term", "u63"),
+    messages.LOSS_QUERY: ("uid", "term", "u63"),
     messages.RECOVER_QUERY: ("uid", "term", ["u63"]),
     messages.RECOVER_ANSWER: ("uid", "term", "u63", "term"),
     messages.FORCE_CONFIG: ("uid", "term", ["u63"], ["u63"]),

@@ -206,6 +206,7 @@ _WORDS: dict[int, Callable[[Any], str]] = {
     m.RECOVER_ANSWER: lambda r: f"my log ends at {r.last_index} ({term(r.last_term)})",
     m.FORCE_CONFIG: lambda f: f"yours is the most complete log: go on with {_list(f.voters)} in {term(f.term)}",
     m.LOST: lambda x: f"what I held is damaged (life {x.life}): take me out",
+    m.LOSS_QUERY: lambda x: f"is what you held in life {x.life} damaged too?",
     m.DIGEST: lambda d: f"at {d.index} I have come to state {d.state % 10_000:04} by log {d.log % 10_000:04}",
     m.BEAT: lambda b: f"beat {b.seq}",
     m.BEAT_ANSWER: lambda b: f"beat {b.seq} heard",

@@ -175,6 +175,17 @@ def test_a_restarted_shard_replaces_its_old_instance(state: FleetState) -> None:
     assert "belongs to node b" in refused(state, ["instances", "a", [1, 3], [1, 22]]).message
 
 
+def test_a_group_is_renewed_when_those_of_its_voters_that_live_say_that_they_are_damaged(state: FleetState) -> None:
+    uid = state.apply(["add_group", "g", 3, CONFIG | {"on_majority_loss": "new"}], 0)["uid"]
+    voters = [instance for _, instance in state.desired(state.by_name["g"])]
+    assert "not known to be gone" in refused(state, ["renew_group", uid, voters[:2]]).message
+    assert "not known to be gone" in refused(state, ["renew_damaged_group", uid, voters[:2], voters[:1]]).message
+    renewed = state.apply(["renew_damaged_group", uid, voters[:2], voters[:2]], 0)
+    assert renewed["uid"] != uid and state.is_dead_uid(uid)
+    assert state.by_name["g"].uid == renewed["uid"]
+    assert refused(state, ["renew_damaged_group", uid, voters[:2], voters[:2]]).code == fleet_machine.GROUP_NOT_FOUND
+
+
 def test_a_delayed_command_of_a_former_life_is_refused(state: FleetState) -> None:
     state.apply(["instances", "a", [1, 33], [1, 2]], 0)
     assert "changed meanwhile" in refused(state, ["instances", "a", [1, 22], [1, 2]]).message

@@ -13,6 +13,7 @@ from raftfleet.fleet.repair_plan import (
     ABSENT,
     ANSWERS,
     BLOCKED,
+    DAMAGED,
     ELECTING,
     EXTINCT,
     GIVEN_UP,
@@ -47,6 +48,40 @@ def test_a_lost_majority_names_whom_to_give_up_and_what_is_left() -> None:
         ("n2", SILENT, 0, 0),
         ("n3", LOST, 0, 0),
     ]
+
+
+def damaged(instance: int, archived: str = "", index: int = 0) -> Report:
+    return Report(f"n{instance}", instance, DAMAGED, 0, index, (), (), archived)
+
+
+def test_damaged_members_are_given_up_and_not_their_nodes() -> None:
+    case = judged([report(1, term=6, last_index=42), damaged(2), damaged(3)])
+    assert (case.verdict, case.dead, case.former, case.damaged) == (REPAIRABLE, [], [], [2, 3])
+    assert [(m.node, m.state) for m in case.members] == [("n1", ANSWERS), ("n2", DAMAGED), ("n3", DAMAGED)]
+
+
+def test_a_damaged_member_of_a_group_with_a_majority_needs_no_repair() -> None:
+    case = judged([report(1), report(2), damaged(3)])
+    assert (case.verdict, case.damaged) == (ELECTING, [])
+
+
+def test_damaged_and_silent_members_are_given_up_together() -> None:
+    case = judged([report(1), damaged(2)], i3=SILENT)
+    assert (case.verdict, case.dead, case.damaged) == (REPAIRABLE, ["n3"], [2])
+
+
+def test_of_a_group_that_is_damaged_everywhere_the_snapshots_that_are_left_are_shown() -> None:
+    case = judged([damaged(1), damaged(2, "/data/shard-0/archive/a.snap", 17)])
+    assert (case.verdict, case.damaged) == (EXTINCT, [])
+    assert [(m.node, m.last_index, m.archived) for m in case.members] == [
+        ("n1", 0, ""),
+        ("n2", 17, "/data/shard-0/archive/a.snap"),
+    ]
+
+
+def test_a_damaged_row_tells_of_the_snapshot_that_it_left() -> None:
+    row = ["g", 7, DAMAGED, 0, 0, 0, 0, 0, 2, [], [], "/a.snap", 17]
+    assert report_of("n2", row) == damaged(2, "/a.snap", 17)
 
 
 def test_what_was_given_up_already_is_not_asked_for_again() -> None:
@@ -96,7 +131,20 @@ def test_a_plan_of_a_healthy_fleet_gives_nothing_up_and_a_repair_of_it_is_refuse
     assert code == codes.REFUSED and "look again" in text
 
 
-@pytest.mark.parametrize("args", [{}, {"dead": [], "former": []}, {"dead": {}, "former": {}}])
+def test_a_member_that_is_not_damaged_any_more_is_not_given_up() -> None:
+    world = settled(3)
+    code, text = ask(world, world.nodes[0], "repair", {"dead": {}, "former": [], "damaged": [[7, [2, 3]]]})
+    assert code == codes.REFUSED and "look again" in text
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *({}, {"dead": [], "former": []}, {"dead": {}, "former": {}}),
+        {"dead": {}, "former": [], "damaged": {}},
+        {"dead": {}, "former": [], "damaged": [[1, 2]]},
+    ],
+)
 def test_a_repair_without_a_plan_is_a_bad_request(args: dict[str, Any]) -> None:
     world = settled(3)
     assert ask(world, world.nodes[0], "repair", args)[0] == codes.BAD_REQUEST

@@ -51,6 +51,7 @@ STRATEGIES: dict[int, st.SearchStrategy[Any]] = {
     m.STEP_DOWN: st.builds(m.StepDown, st.just(m.STEP_DOWN), u63, u63),
     m.GONE: st.builds(m.Gone, st.just(m.GONE), u63, u63, index),
     m.LOST: st.builds(m.Lost, st.just(m.LOST), u63, u63, u63),
+    m.LOSS_QUERY: st.builds(m.LossQuery, st.just(m.LOSS_QUERY), u63, u63, u63),
     m.RECOVER_QUERY: st.builds(m.RecoverQuery, st.just(m.RECOVER_QUERY), u63, u63, instances),
     m.RECOVER_ANSWER: st.builds(m.RecoverAnswer, st.just(m.RECOVER_ANSWER), u63, u63, u63, u63),
     m.FORCE_CONFIG: st.builds(m.ForceConfig, st.just(m.FORCE_CONFIG), u63, u63, instances, instances),
