@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from measuring import Child, Histogram, say
-from systems import MACHINE, ZONES, Raftfleet, wait_for
+from systems import MACHINE, ZONES, Raftfleet
 
 import raftfleet
 from raftfleet.testing import LocalFleet
@@ -21,6 +21,8 @@ from raftfleet.testing.local_fleet import is_settled
 
 LOAD_RATE = 1000
 """Commands per second while nodes come and go: enough to see a stall, little enough to leave CPU to six nodes."""
+SETTLED_POLL_S = 0.5
+"""With many groups the question whether all have settled is itself a load: the nodes are not asked oftener."""
 NEW_ZONES = {"n4": "z1", "n5": "z2", "n6": "z3"}
 
 
@@ -92,7 +94,7 @@ def growing(count: int, seconds: int, drain_seconds: int) -> Iterator[dict[str, 
                 fleet.launch_node(name)
             fleet.wait_active(len(ZONES) + len(NEW_ZONES), deadline_s=60)
             active_s = time.perf_counter()
-            wait_for(lambda: all(map(is_settled, fleet.groups().values())), "all groups to settle", 300.0)
+            wait_until_settled(fleet, SETTLED_POLL_S if count > 100 else 0.05)
             settled_s = time.perf_counter()
             answer = client.answer(seconds + 60.0)
             yield row(
@@ -107,6 +109,15 @@ def growing(count: int, seconds: int, drain_seconds: int) -> Iterator[dict[str, 
                 before_us=f"{p99_before:.0f}", meanwhile_us=f"{p99:.0f}", without_the_start_us=f"{p99_moving:.0f}",
             )  # fmt: skip
             yield from _draining(fleet, client, {**job, "seconds": drain_seconds}, count)
+
+
+def wait_until_settled(fleet: LocalFleet, poll_s: float) -> None:
+    """Ask every ``poll_s`` until all groups are where they should be."""
+    deadline_s = time.monotonic() + 300
+    while not all(map(is_settled, fleet.groups().values())):
+        if time.monotonic() > deadline_s:
+            raise RuntimeError("waited 300 s in vain for all groups to settle")
+        time.sleep(poll_s)
 
 
 def _draining(fleet: LocalFleet, client: Child, job: dict[str, Any], count: int) -> Iterator[dict[str, Any]]:

@@ -48,6 +48,7 @@ from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host_requests import is_run_part
 from raftfleet.fleet.host_restoring import RestoringLayer
 from raftfleet.fleet.host_state import RETRY_PARKED_US, HostSettings, Outputs
+from raftfleet.fleet.pace import TICK_US as PACE_TICK_US
 from raftfleet.fleet.requests import FROM_CLIENT, Request
 
 COMMAND_OP, QUERY_OP, CALL_OP, COMMAND_RUN_OP, QUERY_RUN_OP = 1, 2, 3, 4, 5
@@ -109,6 +110,8 @@ class Host(RestoringLayer):
             deadline_us = min(deadline_us, self._next_retry_us)
         if self._reconcile:
             deadline_us = min(deadline_us, self.now_us + 1000)
+        if self._pace:
+            deadline_us = min(deadline_us, self._next_pace_us)
         return deadline_us
 
     def tick(self) -> None:
@@ -135,6 +138,9 @@ class Host(RestoringLayer):
             self._next_reconcile_us = now_us + RECONCILE_RETRY_US
             self._reconcile.update(self._reconcile_later)
             self._reconcile_later = {}
+        if self._pace and now_us >= self._next_pace_us:
+            self._next_pace_us = now_us + PACE_TICK_US
+            self._reconcile.update(dict.fromkeys(self._pace.due(now_us)))
         if shard.is_full and now_us >= self._next_drain_us:
             self._next_drain_us = now_us + DRAIN_RETRY_US
             self.drain()

@@ -254,6 +254,7 @@ class FollowingLayer(RoutingLayer):
         self.leaders.pop(uid, None)
         self._dead_early.discard(uid)
         self._transfer_failed_us.pop(uid, None)
+        self._pace.forget(uid)
         for table in (self._reconcile, self._reconcile_later, self._pinned, self._catching_up, self._unstarted):
             table.pop(uid, None)
         for request in self._parked.pop(uid, ()):

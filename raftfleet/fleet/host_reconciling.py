@@ -5,6 +5,8 @@ This module does not plan; :mod:`raftfleet.fleet.reconcile` does, from a view th
 * One step per group at a time. The next is planned when the step has had its effect, or a while later.
 * Few groups at a time bring in a learner, since each may cost a snapshot; one that is not heard costs none and does not
   count.
+* Groups that only move, and have lost nobody, begin at a pace (:mod:`raftfleet.fleet.pace`): those who are served come
+  first.
 * A voter of the fleet group makes way only after a long silence: restarts are short.
 * A leader that an operator chose stays where it is until the nodes change.
 """
@@ -25,6 +27,7 @@ from raftfleet.fleet.reconcile import (
     GroupView,
     Promote,
     Remove,
+    Step,
     Transfer,
     fleet_learners,
     fleet_voters,
@@ -45,6 +48,10 @@ class ReconcilingLayer(FollowingLayer):
 
     def _reconcile_group(self, uid: int) -> None:
         """One safe step for a group led here; comes back when the step has had its effect."""
+        self._look_at_group(uid)
+        self._pace.looked_at(uid)
+
+    def _look_at_group(self, uid: int) -> None:
         member = self.shard.members.get(uid)
         if member is None or member.lead is None or not self.fleet_known:
             return
@@ -80,12 +87,22 @@ class ReconcilingLayer(FollowingLayer):
             elif view.outliers:
                 self._reconcile_later[uid] = None
             return
+        if not self._may_take(uid, view, len(desired), step):
+            return
         try:
             self._take_step(member, step)
         except ConfigChangeRefused as refusal:
             self.count("steps_refused")
             self.note("debug", f"group {member.name}: {step} refused: {refusal}")
             self._reconcile_later[uid] = None
+
+    def _may_take(self, uid: int, view: GroupView, wanted_count: int, step: Step) -> bool:
+        """Whether it is this group's turn for that step; if not, it is looked at again when it is."""
+        if uid == FLEET_UID or not isinstance(step, AddLearner | Transfer):
+            return True
+        if isinstance(step, AddLearner) and (len(view.voters) < wanted_count or not view.live.issuperset(view.voters)):
+            return True
+        return self._pace.may_move(uid, self.now_us, has_begun=len(view.voters) > wanted_count)
 
     @staticmethod
     def _lost_members(member: Member) -> set[int]:

@@ -17,6 +17,7 @@ from raftfleet.core.durable import Disk, DurableShard
 from raftfleet.core.host_messages import ForwardReply, ForwardRequest, Leadership
 from raftfleet.core.shard import Shard, ShardSettings
 from raftfleet.fleet.machine import FleetState, RecordingFleetMachine
+from raftfleet.fleet.pace import Pace
 from raftfleet.fleet.requests import Request
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class HostState(ABC):
         self._reconcile_later: dict[int, None] = {}
         self._pinned: dict[int, int] = {}
         self._catching_up: dict[int, int] = {}  # uid -> since when
+        self._pace = Pace()
         self._import_ok: dict[tuple[int, str, str | None, int | None], int] = {}  # -> machine's version there
         # Members on the disk that the code here cannot work with (yet).
         self._resting: dict[int, Any] = {}
@@ -192,6 +194,7 @@ class HostState(ABC):
         self._next_retry_us = 0
         self._next_sweep_us = 0
         self._next_reconcile_us = 0
+        self._next_pace_us = 0
         self._next_drain_us = 0
         self._transfer_failed_us: dict[int, int] = {}  # uid -> when a leadership could not be handed over
 
