@@ -214,7 +214,11 @@ class Worker:
             for sender, messages in backlog:
                 host.receive(sender, messages)
         if peers.is_woken:
-            for sender, messages in peers.receive():
+            received = peers.receive()
+            # Again, and after they came: if this process stood still since the first look at the clock, what it
+            # promises to their senders would end too early (DESIGN 5.10).
+            host.clock_read(monotonic_us())
+            for sender, messages in received:
                 host.receive(sender, messages)
         if self.pushes:
             pushes, self.pushes = self.pushes, []
@@ -428,9 +432,10 @@ class Worker:
             self.is_alarm_set = False
             return
         self._set_alarm()
-        now_us = monotonic_us()
         shard = self.host.shard
-        for sender, messages in self.peers.receive(256):  # what is more than that leaves ``is_woken`` set
+        received = self.peers.receive(256)  # what is more than that leaves ``is_woken`` set
+        now_us = monotonic_us()  # after they came: see _iterate
+        for sender, messages in received:
             rest = shard.pulse(now_us, sender, messages)
             if rest:
                 if len(self.backlog) < BACKLOG_FRAMES_MAX:

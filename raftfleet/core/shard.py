@@ -4,7 +4,7 @@ This module does not know about sockets, files, clocks or threads. The caller's 
 (etcd's Ready and Advance, for all groups at once)::
 
     shard.begin(now_us, wall_us)
-    for sender, messages in everything that can be read: shard.receive(sender, messages)
+    for sender, messages in everything that can be read: shard.clock_read(now_us); shard.receive(sender, messages)
     for every request of a client:                       shard.propose(...) / shard.query(...)
     shard.tick()                            when now_us >= shard.next_deadline_us()
     shard.flush()                           puts waiting commands into logs, makes the appends
@@ -197,8 +197,18 @@ class Shard:
             self._started_us = self.now_us
             self._next_beat_us = self.now_us
 
+    def clock_read(self, now_us: int) -> None:
+        """The clock was read again within an iteration. See :meth:`receive`."""
+        if now_us > self.now_us:
+            self.now_us = now_us
+
     def receive(self, sender: int, messages: list[Any]) -> None:
-        """Take messages of the shard ``sender``. They were checked field by field when they were decoded."""
+        """Take messages of the shard ``sender``. They were checked field by field when they were decoded.
+
+        The clock must have been read (:meth:`begin` or :meth:`clock_read`) after they were taken from the socket. What
+        is promised to a leader, not to vote for another, lasts from the last clock before; its lease from when it sent.
+        Where the process stands still between a clock and the socket, a promise would end before the lease on it does.
+        """
         members = self.members
         handlers = self._handlers
         for message in messages:
@@ -772,6 +782,7 @@ class Shard:
         for rows in link.parts.values():
             listed.update(rows)
         link.parts = {}
+        link.heard_us = self.now_us  # its answer confirms as a beat's does, from when the list was made
         exceptions = []
         for uid, term in listed.items():
             member = link.followed.get(uid)

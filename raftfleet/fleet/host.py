@@ -103,6 +103,10 @@ class Host(RestoringLayer):
         """Start an iteration."""
         self.shard.begin(now_us, wall_us)
 
+    def clock_read(self, now_us: int) -> None:
+        """The clock was read again; see :meth:`raftfleet.core.shard.Shard.receive`."""
+        self.shard.clock_read(now_us)
+
     def next_deadline_us(self) -> int:
         """When :meth:`tick` wants to be called next."""
         deadline_us = self.shard.next_deadline_us()

@@ -108,6 +108,7 @@ class SimShard:
         """The turn after its clock was read, which showed ``local_us``."""
         core = self.core
         frames, self._frames = self._frames, []
+        core.clock_read(self.clock.local_us(self._queue.now_us))  # they came, maybe, while it stood still
         for from_instance, frame in frames:
             core.receive(from_instance, frame)
         if self._work:

@@ -272,6 +272,7 @@ class SimWorker:
         local_us = self.clock.local_us(true_us)
         host.begin(local_us, self.node.wall_us(true_us))
         frames, self._frames = self._frames, []
+        host.clock_read(local_us)
         for data in frames:
             self._take_frame(data)
         requests, self._requests = self._requests, []

@@ -29,6 +29,7 @@ from raftfleet.core.messages import (
     APPEND,
     APPEND_ANSWER,
     BEAT,
+    LINK_LIST,
     SNAPSHOT,
     TIMEOUT_NOW,
     VOTE,
@@ -40,6 +41,8 @@ from raftfleet.core.messages import (
     Entry,
     ForceConfig,
     Gone,
+    LinkList,
+    LinkListAnswer,
     Snapshot,
     SnapshotAnswer,
     StepDown,
@@ -350,6 +353,39 @@ def test_rule_04_chunks_of_two_leaders_are_not_mixed() -> None:
     assert (answer.done, answer.next_offset) == (False, 0)
     lone.receive(3, two)
     assert lone.member.state == ["b" * 50]
+
+
+def test_rule_04_a_late_chunk_of_an_earlier_snapshot_takes_nothing_from_the_present_one() -> None:
+    lone = Lone()
+    early = _snapshot(5, 2, 2, ["a"], (1, 2, 3))
+    lone.receive(2, early)
+    later = _snapshot(9, 2, 2, ["b" * 50], (1, 2, 3))
+    half = later.total // 2
+    lone.receive(2, later._replace(data=later.data[:half]))
+    (answer,) = lone.receive(2, early)
+    assert answer.done
+    (answer,) = lone.receive(2, later._replace(offset=half, data=later.data[half:]))
+    assert answer.done
+    assert lone.member.state == ["b" * 50]
+
+
+def test_rule_04_a_receiver_that_lost_what_it_had_is_sent_it_from_where_it_is() -> None:
+    """Also where late chunks gave it a beginning, so that it never says that it has nothing."""
+    cluster = Cluster(4, voters=(1, 2, 3), log_entries_kept=2)
+    for shard in cluster.shards.values():
+        shard.settings = dataclasses.replace(shard.settings, chunk_bytes=200)
+    cluster.settle()
+    for number in range(30):
+        cluster.command("x" * 90 + str(number))
+    cluster.change("add_learner", 4)
+    cluster.drop(lambda a, b, m: isinstance(m, Snapshot) and m.offset >= 2000)
+    cluster.run_for(0.5)
+    (first,) = {m.offset: m for _, _, m in cluster.told(Snapshot) if m.offset == 0}.values()
+    cluster.member(4).incoming = None
+    cluster.inject(cluster.leader(), 4, first)
+    cluster.heal()
+    cluster.run_for(4)
+    assert len(cluster.state(4)) == 30
 
 
 def test_rule_04_a_lost_chunk_is_sent_again_and_order_does_not_matter() -> None:
@@ -669,6 +705,36 @@ def test_rule_10_the_clock_is_read_again_after_the_state_was() -> None:
     assert shard.take_replies() == []
     shard.begin(now_us + 2 * SECOND_US, WALL_US)
     assert shard.finish().replies == [], "it waits for a quorum now"
+
+
+def test_rule_10_a_promise_lasts_from_after_the_message_came() -> None:
+    """A follower stood still between its clock and its socket, and takes a beat that was sent long after that clock."""
+    cluster = Cluster(clock_drift_margin=0.1)
+    leader = cluster.settle()
+    follower = min({1, 2, 3} - {leader})
+    shard, member = cluster.shards[follower], cluster.member(follower)
+    stopped_us = cluster.local_us(follower)
+    sent_us = stopped_us + 2 * SECOND_US
+    shard.begin(stopped_us, WALL_US)
+    shard.clock_read(sent_us + 100)
+    shard.receive(leader, [Beat(BEAT, 1_000, shard.link(leader).followed_digest, sent_us)])
+    assert [type(m) for m in shard.finish().sends[leader]] == [BeatAnswer]
+    shard.begin(sent_us + SECOND_US - 1, WALL_US)
+    assert member.hears_leader(), "as long as the leader, whose lease counts from this beat, may rely on it"
+
+
+def test_rule_10_a_promise_that_a_list_confirmed_lasts_from_that_list() -> None:
+    cluster = Cluster(clock_drift_margin=0.1)
+    leader = cluster.settle()
+    follower = min({1, 2, 3} - {leader})
+    shard, member = cluster.shards[follower], cluster.member(follower)
+    now_us = cluster.local_us(follower) + SECOND_US // 2
+    shard.begin(now_us, WALL_US)
+    shard.receive(leader, [LinkList(LINK_LIST, 1_000, now_us, 0, 1, [(1, member.term)])])
+    (answer,) = shard.finish().sends[leader]
+    assert (type(answer), answer.stamp, answer.exceptions) == (LinkListAnswer, now_us, [])
+    shard.begin(now_us + SECOND_US - 1, WALL_US)
+    assert member.hears_leader()
 
 
 def test_rule_10_clocks_beyond_the_margin_make_a_lease_read_stale() -> None:

@@ -22,6 +22,10 @@ KEPT_SEEDS = (
     ("durable quarrels", 4),  # a leader that just learned that nobody follows it was blamed before its next beat
     ("stopped", 9),  # a leader elected late was held to what the next term had committed: the checker was wrong
     ("durable storms", 7),  # a full disk with nothing to save kept its shard turning without end
+    ("stopped", 3),  # who stood still between clock and socket remembered hearing its leader seconds before it did
+    ("snapshots", 30188),  # a late chunk of an earlier snapshot threw away what had come, and its leader never saw it
+    ("sessions", 30294),  # a session that expired by a clock's fault was taken for a group that does not serve
+    ("leases", 9),  # a list confirmed from when it was made; the promise lasted from the beat before it
 )
 """Seeds that once failed, under the profile in which they did. (What was found before the dice of a run were split by
 use has tests of its own in tests/core, and mutants that bring it back.)"""
