@@ -22,15 +22,19 @@ CHUNKS_IN_FLIGHT_MAX = 4
 
 
 class Transfer:
-    """A snapshot on its way to one member: ``acked <= sent <= len(data)``, in bytes."""
+    """A snapshot on its way to one member: ``acked <= sent <= len(data)``, in bytes.
 
-    __slots__ = ("acked", "data", "index", "sent", "term")
+    ``acked_stamp``: of the chunk whose answer told ``acked``.
+    """
+
+    __slots__ = ("acked", "acked_stamp", "data", "index", "sent", "term")
 
     def __init__(self, index: int, term: int, data: bytes) -> None:
         self.index = index
         self.term = term
         self.data = data
         self.acked = 0
+        self.acked_stamp = 0
         self.sent = 0
 
 

@@ -224,9 +224,12 @@ def on_snapshot_answer(member: Member, sender: int, m: SnapshotAnswer) -> None:
     elif transfer is not None and (transfer.index, transfer.term) == (m.index, m.index_term):
         if m.next_offset > transfer.acked:
             transfer.acked = min(m.next_offset, len(transfer.data))
+            transfer.acked_stamp = m.stamp
             transfer.sent = max(transfer.sent, transfer.acked)
-        elif m.next_offset == 0:
-            transfer.acked = transfer.sent = 0  # the receiver lost what it had: from the beginning
+        elif m.next_offset < transfer.acked and m.stamp > transfer.acked_stamp:
+            # The receiver lost what it had, and may have begun again with late chunks: from what it has now.
+            transfer.acked = transfer.sent = m.next_offset
+            transfer.acked_stamp = m.stamp
         snapshots.send_chunks(member, sender, progress)
 
 

@@ -112,7 +112,8 @@ def on_snapshot(member: Member, sender: int, m: Snapshot) -> None:
         member.heard_us = member.shard.now_us
         member.timer_us = 0
     if m.index <= member.commit:
-        member.incoming = None
+        if member.incoming is not None and member.incoming[0] <= member.commit:
+            member.incoming = None  # a late chunk of the one before takes nothing from what is still of use
         _answer_snapshot(member, sender, m, m.total, True)
         return
     incoming = member.incoming
