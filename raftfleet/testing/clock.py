@@ -72,13 +72,14 @@ class DriftingClock:
         offset_us: what it shows at true time 0.
     """
 
-    __slots__ = ("_base_local_us", "_base_true_us", "rate_ppm")
+    __slots__ = ("_base_local_us", "_base_true_us", "_past", "rate_ppm")
 
     def __init__(self, rate_ppm: int = 1_000_000, offset_us: int = 0) -> None:
         assert rate_ppm > 0, rate_ppm
         self.rate_ppm = rate_ppm
         self._base_true_us = 0
         self._base_local_us = offset_us
+        self._past: list[tuple[int, int, int]] = []  # (local, true, rate) at the beginning of each earlier rate
 
     def local_us(self, true_us: int) -> int:
         """What this clock shows at ``true_us``."""
@@ -88,9 +89,19 @@ class DriftingClock:
         """The first true microsecond at which this clock shows ``local_us`` or more."""
         return self._base_true_us - (local_us - self._base_local_us) * 1_000_000 // -self.rate_ppm
 
+    def past_true_us(self, local_us: int) -> int:
+        """As :meth:`true_us`, also for what this clock showed while it ran at an earlier rate."""
+        if local_us >= self._base_local_us or not self._past:
+            return self.true_us(local_us)
+        base_local_us, base_true_us, rate_ppm = next(
+            (row for row in reversed(self._past) if row[0] <= local_us), self._past[0]
+        )
+        return base_true_us - (local_us - base_local_us) * 1_000_000 // -rate_ppm
+
     def set_rate(self, true_us: int, rate_ppm: int) -> None:
         """Run at another rate from ``true_us`` on."""
         assert rate_ppm > 0, rate_ppm
+        self._past.append((self._base_local_us, self._base_true_us, self.rate_ppm))
         self._base_local_us = self.local_us(true_us)
         self._base_true_us = true_us
         self.rate_ppm = rate_ppm

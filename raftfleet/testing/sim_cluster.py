@@ -19,6 +19,7 @@ from raftfleet.testing.disk import FakeFiles, PowerLoss
 from raftfleet.testing.model import RegistersMachine, Violation
 from raftfleet.testing.network import SimNetwork
 from raftfleet.testing.profiles import SimulationOptions
+from raftfleet.testing.promises import PromiseChecker
 from raftfleet.testing.rules import RuleChecker
 from raftfleet.testing.schedule import Fault
 from raftfleet.testing.shards import SimShard
@@ -74,6 +75,8 @@ class ClusterLayer:
         self.cluster = ClusterChecker()
         self.rules = RuleChecker(self.member_of, self.is_lost, self._local_us)
         self.rules.are_leases_safe = options.drift <= options.drift_margin or not options.lease_share
+        self.promises = PromiseChecker(self.member_of)
+        self.promises.are_leases_safe = self.rules.are_leases_safe
         self.history = HistoryChecker()
         self.operations: list[Operation] = []
         self.counts: dict[str, int] = {}
@@ -189,6 +192,7 @@ class ClusterLayer:
         shard.core.may_create = self.recipe
         self.shards[shard.place] = shard
         self._tokens[instance] = {}
+        self.promises.started(instance, shard.clock, self.queue.now_us)
         if isinstance(shard, DurableSimShard) and shard.restored:
             self.tell(f"instance {instance} is back, with groups {sorted(shard.restored)}")
             self.count("restart with members")
@@ -222,6 +226,7 @@ class ClusterLayer:
         shard.kill()
         self.shards[shard.place] = None
         self.rules.forget_instance(shard.instance)
+        self.promises.ended(shard.instance, self.queue.now_us)
         del self._tokens[shard.instance]
         self.queue.after(down_us, self.start_shard, shard.place)
 
@@ -248,6 +253,7 @@ class ClusterLayer:
         """A shard's frame goes into the network."""
         self.cluster.check_sends(shard.instance, to_instance, messages)
         self.rules.sent(shard.instance, to_instance, messages)
+        self.promises.sent(shard.instance, messages, self.queue.now_us)
         if isinstance(shard, DurableSimShard):
             self._check_silence_after_restart(shard, messages)
         to_place = self._place_of_instance.get(to_instance)
@@ -265,6 +271,7 @@ class ClusterLayer:
         shard = self.shards[to_place]
         if shard is not None and shard.instance == to_instance:
             self._frames.append((self.queue.now_us, from_instance, to_instance, frame))
+            self.promises.arrived(from_instance, to_instance, frame)
             shard.receive(from_instance, frame)
 
     def shard_stepped(self, shard: SimShard) -> None:
@@ -277,6 +284,7 @@ class ClusterLayer:
         self.history.raise_found()
         self.cluster.check_members(shard.instance, core.members)
         self.rules.stepped(shard.instance, core.members)
+        self.promises.stepped(shard.instance, core.stamp, core.members, self.queue.now_us)
         self.trace = (self.trace * 0x5DEECE66D + self.queue.now_us * 31 + shard.instance) & _MASK
 
     def _check_silence(self) -> None:

@@ -185,14 +185,16 @@ class Simulation(FaultLayer):
         for shard in self.live_shards():
             shard.resume()
         deadline_us = self.queue.now_us + SERVE_WITHIN_US
-        probes: list[Call] = []
-        for uid in self.group_uids:
-            client = SimClient(self, random.Random(self.client_rng.getrandbits(64)))
-            client.is_stopped = True
-            probes.append(client.command(uid, "add", 0, 1, attempts_max=100))
-            probes.append(client.query(uid, 0, is_stale=False, attempts_max=100))
-        self._run_while(lambda: not all(call.is_done for call in probes), deadline_us)
-        for call in probes:
+        probes: dict[int, tuple[Call, Call]] = {uid: self._probe(uid) for uid in self.group_uids}
+
+        def is_waiting() -> bool:
+            for uid, calls in probes.items():
+                if all(call.is_done for call in calls) and any(call.outcome != "ok" for call in calls):
+                    probes[uid] = self._probe(uid)  # a clock that was set may have made its session expire
+            return any(call.outcome != "ok" for calls in probes.values() for call in calls)
+
+        self._run_while(is_waiting, deadline_us)
+        for call in (call for calls in probes.values() for call in calls):
             if call.outcome != "ok":
                 raise Violation(
                     f"liveness: group {call.uid} did not serve within {SERVE_WITHIN_US // SECOND_US} s of healing"
@@ -206,6 +208,15 @@ class Simulation(FaultLayer):
                 raise Violation(f"liveness: group {uid} did not get the members that are wanted")
         self.queue.run_until(self.queue.now_us + 6 * SECOND_US)
         self._check_rest()
+
+    def _probe(self, uid: int) -> tuple[Call, Call]:
+        """A command and a query of a client of their own."""
+        client = SimClient(self, random.Random(self.client_rng.getrandbits(64)))
+        client.is_stopped = True
+        return (
+            client.command(uid, "add", 0, 1, attempts_max=100),
+            client.query(uid, 0, is_stale=False, attempts_max=100),
+        )
 
     def _run_while(self, condition: Any, deadline_us: int) -> None:
         while condition() and self.queue.now_us < deadline_us:
