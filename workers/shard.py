@@ -44,7 +44,7 @@ from raftfleet.transport.poller import Poller
 from raftfleet.transport.unix import UnixServer
 from raftfleet.transport.unix_client import UnixChannel
 from raftfleet.wire.ipc import PROTOCOL
-from raftfleet.workers.snapshot_child import SnapshotChild
+from raftfleet.workers.snapshot_child import FileTarget, MemoryTarget, SnapshotChild
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Worker:
             MachineLoader(config.app_dirs),
             self.keeper,
         )
-        self.snapshots: SnapshotChild | None = None
+        self.snapshots = SnapshotChild(self.poller)
         # A surplus shard owns no names, so it has no region to write them into.
         self.table = RegionWriter(config.run_dir, context.index) if context.index < config.workers else None
         self.clients = UnixServer(
@@ -134,6 +134,8 @@ class Worker:
         self.exit_retired = False
         if self.keeper is not None and found is not None:
             self._take_disk(self.keeper, found)
+        else:
+            self.host.shard.begin_dump = self._begin_dump
         self.host.shard.user_code_watch = self._watch_user_code
 
     def _take_disk(self, keeper: Keeper, found: RecoveredShard) -> None:
@@ -142,8 +144,7 @@ class Worker:
         assert isinstance(shard, DurableShard)
         keeper.shard = shard
         keeper.watch = self._watch_disk
-        self.snapshots = SnapshotChild(keeper, self.poller)
-        keeper.begin_snapshot = self.snapshots.begin
+        keeper.begin_snapshot = self._begin_snapshot
         started_us = monotonic_us()
         self.host.begin(started_us, wall_us())
         self.host.restore(found, lambda info: load_state(keeper.store, info))
@@ -151,6 +152,16 @@ class Worker:
             "%s: %d members are back after %.1f s (instance %d)",
             *(keeper.store.path, len(shard.members), (monotonic_us() - started_us) / 1e6, self.instance),
         )
+
+    def _begin_snapshot(self, member: Member, generation: int) -> bool:
+        keeper = self.keeper
+        assert keeper is not None
+        has_begun = self.snapshots.begin(member, lambda: FileTarget(keeper, member, generation))
+        keeper.fork_us_max = self.snapshots.fork_us_max
+        return has_begun
+
+    def _begin_dump(self, member: Member) -> bool:
+        return self.snapshots.begin(member, lambda: MemoryTarget(self.host.shard, member))
 
     def _watch_disk(self, waits: bool) -> None:
         self.context.children.write_disk_since(self.index, monotonic_us() if waits else 0)
@@ -238,8 +249,7 @@ class Worker:
             if self.table is not None:
                 self.table.follow()
             self._care_for_garbage(now_us)
-            if self.snapshots is not None:
-                self.snapshots.tick(now_us)
+            self.snapshots.tick(now_us)
         self._carry_out()
 
     def _carry_out(self) -> None:
@@ -337,8 +347,7 @@ class Worker:
 
     def close(self) -> None:
         """Close everything that is open."""
-        if self.snapshots is not None:
-            self.snapshots.close()
+        self.snapshots.close()
         if self.keeper is not None:
             self.keeper.close()
             if self.exit_fresh or self.exit_retired:

@@ -1,11 +1,12 @@
-"""Writing a large snapshot while the worker goes on: a forked child has the state as it was at the fork.
+"""Dumping a large state while the worker goes on: a forked child has the state as it was at the fork.
 
 The kernel copies a page when one of the two writes to it, so the child's view stands still and the worker pays only for
-what it changes meanwhile (as in Redis's BGSAVE). Rules:
+what it changes meanwhile (as in Redis's BGSAVE). What it dumps goes into a snapshot file of the data directory, or, of
+a group in memory that has to bring a member up to date, into an anonymous file in memory. Rules:
 
 * The child touches nothing of the worker: no ZeroMQ, no socket, no log, no store. It closes every descriptor but the
-  pipe's end at once (the data directory's lock among them), dumps, writes its file by
-  :func:`raftfleet.storage.snapshots.write_snapshot`, says through the pipe what became of it, leaves by ``os._exit``.
+  pipe's end (and the anonymous file) at once, the data directory's lock among them; it dumps, writes, says through the
+  pipe what became of it, leaves by ``os._exit``.
 * One child at a time. It dies with its worker, and is killed after ``CHILD_US_MAX``: a user's ``dump`` may wait for a
   lock that a thread of the worker held at the fork.
 * The pipe tells the end, however the child ended: nothing written, or nonsense, is a failure.
@@ -19,11 +20,15 @@ import gc
 import os
 import signal
 import sys
+import zlib
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import msgpack
 
 from raftfleet.core.failures import describe
 from raftfleet.core.member import Member
+from raftfleet.core.shard import Shard
 from raftfleet.node.context import monotonic_us
 from raftfleet.storage.base import SnapshotInfo
 from raftfleet.storage.files import OsFiles
@@ -38,26 +43,136 @@ PR_SET_PDEATHSIG = 1
 NICE = 5
 
 
-class SnapshotChild:
-    """The worker's side: begins a child, hears how it ended, tells the keeper."""
+class Target(Protocol):
+    """Where a child writes to, and who hears of it."""
 
-    def __init__(self, keeper: Keeper, poller: Poller) -> None:
-        self.pid = 0
+    descriptor: int
+    """Kept open in the child; -1: none."""
+
+    def write(self, member: Member) -> list[Any]:
+        """In the child: dump and write; what is returned, a msgpack value, is told to the worker."""
+
+    def made(self, report: Any) -> None:
+        """In the worker: it is done, as was reported. Raises ValueError or TypeError if that is nonsense."""
+
+    def failed(self, why: str, now_us: int) -> None:
+        """In the worker: it came to nothing."""
+
+    def close(self) -> None:
+        """In the worker: nothing more comes; what is half done is removed."""
+
+
+class FileTarget:
+    """A snapshot file of the data directory."""
+
+    descriptor = -1
+
+    def __init__(self, keeper: Keeper, member: Member, generation: int) -> None:
         self._keeper = keeper
+        self._uid = member.uid
+        self._generation = generation
+        self._folder = f"{keeper.store.path}/snapshots"
+        self._path = f"{self._folder}/{snapshot_name(member.uid, generation)}"
+
+    def write(self, member: Member) -> list[Any]:
+        """See :class:`Target`."""
+        index, term, data = member.make_snapshot()
+        meta = {"name": member.name}
+        info = write_snapshot(OsFiles(), self._folder, member.uid, index, term, self._generation, meta, data)
+        return [info.index, info.term, info.generation, info.size_bytes]
+
+    def made(self, report: Any) -> None:
+        """See :class:`Target`."""
+        index, term, generation, size_bytes = report
+        self._keeper.snapshot_made(SnapshotInfo(self._uid, index, term, generation, size_bytes, self._path))
+
+    def failed(self, why: str, now_us: int) -> None:
+        """See :class:`Target`."""
+        self._keeper.snapshot_failed(self._uid, now_us, why)
+
+    def close(self) -> None:
+        """See :class:`Target`."""
+        try:
+            os.unlink(self._path + TEMPORARY)
+        except FileNotFoundError:
+            pass
+
+
+class MemorySource:
+    """A dump in an anonymous file, read from there while it is sent. Satisfies :class:`raftfleet.core.sending.Source`.
+
+    Like a file object it closes it when the last transfer that reads it lets go.
+    """
+
+    def __init__(self, descriptor: int, index: int, term: int, size_bytes: int, crc: int) -> None:
+        self.index = index
+        self.term = term
+        self.size_bytes = size_bytes
+        self.crc = crc
+        self._descriptor = descriptor
+
+    def read(self, offset: int, count: int) -> bytes:
+        """See :class:`raftfleet.core.sending.Source`."""
+        return os.pread(self._descriptor, count, offset)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+class MemoryTarget:
+    """An anonymous file: what it takes is given back with its last descriptor, whatever dies."""
+
+    def __init__(self, shard: Shard, member: Member) -> None:
+        self._shard = shard
+        self._member = member
+        self.descriptor = os.memfd_create("raftfleet-dump", os.MFD_CLOEXEC)
+
+    def write(self, member: Member) -> list[Any]:
+        """See :class:`Target`."""
+        index, term, data = member.make_snapshot()
+        _write_all(self.descriptor, data)
+        return [index, term, len(data), zlib.crc32(data)]
+
+    def made(self, report: Any) -> None:
+        """See :class:`Target`."""
+        index, term, size_bytes, crc = report
+        source = MemorySource(self.descriptor, index, term, size_bytes, crc)
+        self.descriptor = -1
+        self._shard.dump_made(self._member, source)
+
+    def failed(self, why: str, now_us: int) -> None:
+        """See :class:`Target`."""
+        self._shard.dump_failed(self._member, why)
+
+    def close(self) -> None:
+        """See :class:`Target`."""
+        if self.descriptor != -1:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class SnapshotChild:
+    """The worker's side: begins a child, hears how it ended, tells whoever wanted it.
+
+    Attributes:
+        fork_us_max: how long the longest fork took.
+    """
+
+    def __init__(self, poller: Poller) -> None:
+        self.pid = 0
+        self.fork_us_max = 0
         self._poller = poller
-        self._uid = 0
-        self._path = ""
+        self._target: Target | None = None
         self._pipe = -1
         self._report = b""
         self._kill_us = 0
         self._libc = ctypes.CDLL(None)
 
-    def begin(self, member: Member, generation: int) -> bool:
-        """Fork a child that writes ``member``'s snapshot; False if one is at work already or none can be forked."""
+    def begin(self, member: Member, make_target: Callable[[], Target]) -> bool:
+        """Fork a child that dumps ``member``; False if one is at work already or none can be forked."""
         if self.pid:
             return False
-        store = self._keeper.store
-        folder = f"{store.path}/snapshots"
+        target = make_target()
         parent = os.getpid()
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         began_us = monotonic_us()
@@ -68,17 +183,17 @@ class SnapshotChild:
         except OSError as error:
             os.close(reader)
             os.close(writer)
-            self._keeper.snapshot_failed(member.uid, began_us, f"fork: {error}")
+            target.close()
+            target.failed(f"fork: {error}", began_us)
             return False
         if pid == 0:
             try:
-                self._be_child(parent, writer, member, folder, generation)
+                self._be_child(parent, writer, member, target)
             finally:
                 os._exit(1)
-        self._keeper.fork_us_max = max(self._keeper.fork_us_max, monotonic_us() - began_us)
+        self.fork_us_max = max(self.fork_us_max, monotonic_us() - began_us)
         os.close(writer)
-        self.pid, self._uid, self._pipe, self._report = pid, member.uid, reader, b""
-        self._path = f"{folder}/{snapshot_name(member.uid, generation)}"
+        self.pid, self._target, self._pipe, self._report = pid, target, reader, b""
         self._kill_us = began_us + CHILD_US_MAX
         self._poller.register(reader, self._on_readable)
         return True
@@ -102,20 +217,22 @@ class SnapshotChild:
             os.kill(self.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
 
     def _ended(self) -> None:
+        target = self._target
+        assert target is not None
         self._poller.unregister(self._pipe)
         os.close(self._pipe)
         _, status = os.waitpid(self.pid, 0)  # the pipe's last end was closed: it is dead, or as good as dead
-        self.pid, self._pipe = 0, -1
-        now_us = monotonic_us()
+        self.pid, self._pipe, self._target = 0, -1, None
         try:
-            index, term, generation, size_bytes = msgpack.unpackb(self._report)
-            info = SnapshotInfo(self._uid, index, term, generation, size_bytes, self._path)
+            report = msgpack.unpackb(self._report)
+            if not isinstance(report, list) or len(report) != 4:
+                raise ValueError(report)
         except (ValueError, TypeError, msgpack.UnpackException):
-            _remove(self._path + TEMPORARY)
+            target.close()
             why = self._report.decode(errors="replace") or f"its writer ended with status {status}"
-            self._keeper.snapshot_failed(self._uid, now_us, why)
+            target.failed(why, monotonic_us())
             return
-        self._keeper.snapshot_made(info)
+        target.made(report)
 
     def close(self) -> None:
         """The worker ends: so does the child, and what it has not finished is removed."""
@@ -125,11 +242,13 @@ class SnapshotChild:
             os.close(self._pipe)
             os.waitpid(self.pid, 0)
             self.pid = 0
-            _remove(self._path + TEMPORARY)
+        if self._target is not None:
+            self._target.close()
+            self._target = None
 
     # ------------------------------------------------------------------ the child
 
-    def _be_child(self, parent: int, writer: int, member: Member, folder: str, generation: int) -> None:
+    def _be_child(self, parent: int, writer: int, member: Member, target: Target) -> None:
         self._libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             return
@@ -138,39 +257,34 @@ class SnapshotChild:
         for number in (signal.SIGTERM, signal.SIGALRM, signal.SIGCHLD, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        _close_all_but(writer)
+        _close_all_but(writer, target.descriptor)
         os.nice(NICE)
         member.shard.user_code_watch = None
         try:
-            index, term, data = member.make_snapshot()
-            info = write_snapshot(OsFiles(), folder, member.uid, index, term, generation, {"name": member.name}, data)
+            report = msgpack.packb(target.write(member))
         except BaseException as error:  # of the user's ``dump``, or the disk
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             text = "no space left for it" if full else ": ".join(describe(error))
             report = text.encode(errors="replace")[: REPORT_BYTES_MAX // 2]
-        else:
-            report = msgpack.packb([info.index, info.term, info.generation, info.size_bytes])
         _write_all(writer, report)
         os._exit(0)
 
 
-def _close_all_but(kept: int) -> None:
+def _close_all_but(*kept: int) -> None:
     """Standard streams stay: a crash in C says where."""
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+    start = 3
+    for descriptor in sorted(kept):
+        if descriptor >= start:
+            os.closerange(start, descriptor)
+            start = descriptor + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
     os.set_blocking(descriptor, True)
-    while data:
-        data = data[os.write(descriptor, data) :]
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-__all__ = ["SnapshotChild"]
+__all__ = ["FileTarget", "MemoryTarget", "SnapshotChild"]

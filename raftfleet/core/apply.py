@@ -23,6 +23,7 @@ from raftfleet.core import divergence, restoring, versions
 from raftfleet.core import sessions as session_rules
 from raftfleet.core.codes import BAD_REQUEST, COMMAND_FAILED, OK
 from raftfleet.core.failures import describe, failure_body, pack_result
+from raftfleet.core.incoming import drop_incoming
 from raftfleet.core.messages import CHECK, COMMANDS, CONFIG, RESTORE, VERSION
 from raftfleet.core.sessions import Session
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from raftfleet.core.messages import Entry
 
 LOG_BYTES_KEPT_MAX = 32 << 20
+LOG_BYTES_HELD_MAX = 256 << 20
+"""A large snapshot takes seconds to make and to send; without the log since then, all of it would be for nothing."""
+ENTRY_BYTES = 200
+"""What an entry takes besides its data, about."""
 
 _unpack = msgpack.unpackb
 
@@ -59,11 +64,23 @@ def apply_committed(member: Member) -> None:
         member.applied = index
     if member.lead is not None:
         divergence.applied_as_leader(member)
+    if member.incoming is not None and member.incoming.index <= member.commit:
+        drop_incoming(member)
     kept = member.config.log_entries_kept
     if member.applied - log.snapshot_index >= 2 * kept:
-        log.compact_to(member.applied - kept)
+        _compact_to(member, member.applied - kept)
     elif log.size_bytes > LOG_BYTES_KEPT_MAX:
-        log.compact_to(member.applied)
+        _compact_to(member, member.applied)
+
+
+def _compact_to(member: Member, index: int) -> None:
+    """Forget entries up to ``index``, but not those that go on from a snapshot which is under way to somebody."""
+    lead = member.lead
+    log = member.log
+    if lead is not None and lead.hold_index and member.shard.now_us < lead.hold_until_us:
+        if log.size_bytes + ENTRY_BYTES * len(log.entries) < LOG_BYTES_HELD_MAX:
+            index = min(index, lead.hold_index)
+    log.compact_to(index)
 
 
 def _apply_piece(member: Member, entry: Entry, tokens: list[object] | None) -> None:

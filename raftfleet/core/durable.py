@@ -57,7 +57,9 @@ if TYPE_CHECKING:
     import random
 
     from raftfleet.core.config import GroupConfig
+    from raftfleet.core.incoming import Arrival, Incoming, Key
     from raftfleet.core.messages import Entry
+    from raftfleet.core.sending import Source
 
 FINISH_ROUNDS_MAX = 16
 """A turn that :meth:`DurableShard.finish` does not end by then goes on in the next: nothing waits for it."""
@@ -65,7 +67,7 @@ _NEW_THINGS = frozenset((VOTE, VOTE_ANSWER, SNAPSHOT, TIMEOUT_NOW, RECOVER_QUERY
 
 
 class Disk(Protocol):
-    """What a shard needs of its storage. All but the last two calls only collect."""
+    """What a shard needs of its storage. What is not about snapshots is only collected, until ``sync``."""
 
     def save_group(
         self,
@@ -95,6 +97,24 @@ class Disk(Protocol):
 
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> bool:
         """Save a snapshot at once. False: there is no room, and nothing changed."""
+
+    def open_snapshot(self, uid: int, index_min: int) -> Source | None:
+        """The newest stored snapshot, if it is of ``index_min`` or later."""
+
+    def want_snapshot(self, uid: int) -> None:
+        """One is to be made, without holding anything up, and soon."""
+
+    def put_aside(self, uid: int, index: int) -> None:
+        """The stored snapshot of ``index`` is damaged."""
+
+    def arrival(self, uid: int, key: Key) -> Arrival:
+        """A file for a snapshot that is about to arrive. Nothing is done to the disk yet."""
+
+    def write_arrival(self, file: Arrival, data: bytes) -> bool:
+        """Write what came next. False: there is no room, and the file is of no use any more."""
+
+    def finish_arrival(self, file: Arrival, data: bytes, uid: int, index: int, term: int) -> bool:
+        """Write the last of it and count it as a snapshot. False: there is no room; to be called again."""
 
     def sync(self) -> bool:
         """Make everything collected durable. False: there is no room; it stays collected."""
@@ -136,7 +156,8 @@ class DurableShard(Shard):
         self._changed: dict[int, int] = {}  # uid -> lowest index of its log that changed
         self._voted: dict[int, Member] = {}
         self._recorded: set[int] = set()  # handed over at once, as they are rare, and not saved yet
-        self._installed: dict[int, tuple[int, int, bytes, bool]] = {}  # index, term, data, whether the log begins anew
+        self._installed: dict[int, tuple[int, int, Incoming, bool]] = {}  # index, term, what, if the log begins anew
+        self._arriving: dict[int, Incoming] = {}  # snapshots on their way, of which something is not written
         # Handed over, and the disk had no room.
         self._unsaved: dict[int, int] = {}  # uid -> lowest index
         self._unsaved_terms: set[int] = set()
@@ -162,18 +183,45 @@ class DurableShard(Shard):
         if low is None or first < low:
             self._changed[uid] = first
 
-    def save_snapshot(self, member: Member, data: bytes, *, replaces_log: bool) -> None:
+    def save_snapshot(self, member: Member, incoming: Incoming, *, replaces_log: bool) -> None:
         """See :class:`Shard`. What is saved of the log must reach the snapshot, or begin anew after it."""
         uid, log = member.uid, member.log
         index = log.snapshot_index
         changed = self._changed.get(uid)
         waiting = self._installed.get(uid)
         anew = replaces_log or (changed is not None and changed <= index) or (waiting is not None and waiting[3])
-        self._installed[uid] = (index, log.snapshot_term, data, anew)
+        self._arriving.pop(uid, None)
+        if waiting is not None:
+            waiting[2].discard()
+        self._installed[uid] = (index, log.snapshot_term, incoming, anew)
         if anew:
             self._changed.pop(uid, None)
             if log.last_index > index:
                 self._changed[uid] = index + 1
+
+    def arrival(self, member: Member, key: Key) -> Arrival | None:
+        """See :class:`Shard`."""
+        return self.disk.arrival(member.uid, key)
+
+    def chunk_arrived(self, member: Member) -> None:
+        """See :class:`Shard`. It is written, and answered, when the rest of this turn is."""
+        incoming = member.incoming
+        if incoming is not None and incoming.file is not None:
+            self._arriving[member.uid] = incoming
+
+    def snapshot_source(self, member: Member) -> Source | None:
+        """See :class:`Shard`. What lies on the disk is sent from there, and what is large is written there first."""
+        stored = self.disk.open_snapshot(member.uid, member.log.snapshot_index)
+        return stored if stored is not None else super().snapshot_source(member)
+
+    def dump_elsewhere(self, member: Member) -> Source | None:
+        """See :class:`Shard`. It is stored then, and :meth:`snapshot_source` finds it."""
+        self.disk.want_snapshot(member.uid)
+        return None
+
+    def source_failed(self, member: Member, source: Source) -> None:
+        """See :class:`Shard`."""
+        self.disk.put_aside(member.uid, source.index)
 
     def save_tombstone(self, uid: int, buried: Tombstone) -> None:
         """See :class:`Shard`."""
@@ -233,7 +281,10 @@ class DurableShard(Shard):
 
     def _forget(self, member: Member, code: int) -> None:
         super()._forget(member, code)
-        for table in (self._changed, self._voted, self._installed, self._unsaved, self._silent_until_us):
+        waiting = self._installed.pop(member.uid, None)
+        if waiting is not None:
+            waiting[2].discard()
+        for table in (self._changed, self._voted, self._arriving, self._unsaved, self._silent_until_us):
             table.pop(member.uid, None)
 
     def _unknown(self, sender: int, message: Any) -> Member | None:
@@ -245,7 +296,13 @@ class DurableShard(Shard):
     def is_saved(self) -> bool:
         """Whether nothing here waits to be saved."""
         return not (
-            self._changed or self._voted or self._recorded or self._installed or self._unsaved or self._unsaved_terms
+            self._changed
+            or self._voted
+            or self._recorded
+            or self._installed
+            or self._arriving
+            or self._unsaved
+            or self._unsaved_terms
         )
 
     def persist(self) -> bool:
@@ -269,8 +326,10 @@ class DurableShard(Shard):
 
     def _hand_over(self) -> None:
         disk, members = self.disk, self.members
-        for uid, (index, term, data, anew) in list(self._installed.items()):
-            if not disk.save_snapshot(uid, index, term, data):
+        if self._arriving:
+            self._write_arrivals()
+        for uid, (index, term, incoming, anew) in list(self._installed.items()):
+            if not self._save_installed(uid, index, term, incoming):
                 return  # the order matters for this member, and the others cannot be saved either
             if anew:
                 disk.reset(uid, index, term)
@@ -289,6 +348,22 @@ class DurableShard(Shard):
         self._unsaved_terms.update(self._recorded)
         self._voted = {}
         self._recorded = set()
+
+    def _write_arrivals(self) -> None:
+        """Chunks of large snapshots. Without room for them one arrival comes to nothing; nothing else waits for it."""
+        arriving, self._arriving = self._arriving, {}
+        for uid, incoming in arriving.items():
+            file = incoming.file
+            if file is None or self.disk.write_arrival(file, incoming.take_buffer()):
+                continue
+            incoming.fail(self.now_us)
+            self.event("snapshot_failed", uid, f"no room for a snapshot of {incoming.key.size_bytes} bytes")
+
+    def _save_installed(self, uid: int, index: int, term: int, incoming: Incoming) -> bool:
+        file = incoming.file
+        if file is None:
+            return self.disk.save_snapshot(uid, index, term, incoming.data())
+        return self.disk.finish_arrival(file, incoming.data_unwritten(), uid, index, term)
 
     def _on_saved(self) -> None:
         unsaved, self._unsaved = self._unsaved, {}
@@ -335,6 +410,7 @@ class DurableShard(Shard):
                 self._voted,
                 self._recorded,
                 self._installed,
+                self._arriving,
                 self._unsaved,
                 self._unsaved_terms,
             )

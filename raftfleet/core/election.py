@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from raftfleet.core import change, divergence, own_log, roles
 from raftfleet.core.change import ConfigChangeRefused
+from raftfleet.core.incoming import drop_incoming
 from raftfleet.core.leading import Leading
 from raftfleet.core.messages import GONE, NOOP, TIMEOUT_NOW, VOTE, VOTE_ANSWER, Gone, TimeoutNow, Vote, VoteAnswer
 from raftfleet.core.progress import REPLICATE
@@ -132,7 +133,7 @@ def _start_leading(member: Member) -> None:
     member.votes = None
     member.recovery = None
     member.losses = None
-    member.incoming = None
+    drop_incoming(member)
     lead = member.lead = Leading(shard.now_us)
     for index, _ in member.memberships:
         if index > member.commit:

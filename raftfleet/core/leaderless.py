@@ -70,7 +70,7 @@ def timer_due(member: Member) -> None:
     if member.leader:
         roles.follow(member, member.term, 0)
     if not member.may_campaign:
-        if member.incoming is None and not repair.try_recovery(member):
+        if not repair.try_recovery(member):
             _ask_whether_removed(member)
         roles.wait_to_campaign(member)
         return

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from raftfleet.core.progress import Progress, Transfer
+    from raftfleet.core.progress import Progress
+    from raftfleet.core.sending import Source
 
 
 class Leading:
@@ -21,6 +22,8 @@ class Leading:
         "batch_bytes",
         "config_index",
         "elected_us",
+        "hold_index",
+        "hold_until_us",
         "lease_void",
         "noop_index",
         "pending",
@@ -47,4 +50,6 @@ class Leading:
         self.transfer_deadline_us = 0
         self.lease_void = False
         self.removed: list[int] = []  # to be told so when the configuration is committed
-        self.snapshot: Transfer | None = None  # the newest made, shared by all that need one
+        self.snapshot: Source | None = None  # the newest, shared by all that need one
+        self.hold_index = 0  # the log after it is kept, for whoever gets a snapshot, until then
+        self.hold_until_us = 0

@@ -12,7 +12,7 @@ from raftfleet.core.messages import Entry
 class Log:
     """Entries ``[first_index, last_index]``; ``first_index = snapshot_index + 1``."""
 
-    __slots__ = ("entries", "last_index", "last_term", "size_bytes", "snapshot_index", "snapshot_term")
+    __slots__ = ("dropped_bytes", "entries", "last_index", "last_term", "size_bytes", "snapshot_index", "snapshot_term")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -21,11 +21,17 @@ class Log:
         self.last_index = 0
         self.last_term = 0
         self.size_bytes = 0
+        self.dropped_bytes = 0  # of entries compacted away, ever
 
     @property
     def first_index(self) -> int:
         """Index of the first entry held (or that would be)."""
         return self.snapshot_index + 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all entries that were ever here and still count: how much a state may have grown since a moment."""
+        return self.dropped_bytes + self.size_bytes
 
     def term_at(self, index: int) -> int:
         """The entry's term, or -1 if the log does not know (compacted away, or beyond the end)."""
@@ -82,8 +88,10 @@ class Log:
         assert index <= self.last_index
         term = self.term_at(index)
         count = index - self.snapshot_index
+        before = self.size_bytes
         for entry in self.entries[:count]:
             self.size_bytes -= len(entry.data)
+        self.dropped_bytes += before - self.size_bytes
         del self.entries[:count]
         self.snapshot_index = index
         self.snapshot_term = term

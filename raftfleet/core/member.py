@@ -67,6 +67,7 @@ from raftfleet.core.sessions import Sessions
 if TYPE_CHECKING:
     from raftfleet.core.config import GroupConfig
     from raftfleet.core.divergence import Audit
+    from raftfleet.core.incoming import Incoming
     from raftfleet.core.leading import Leading
     from raftfleet.core.membership import Membership
     from raftfleet.core.repair import Losses
@@ -83,6 +84,7 @@ class Member:
         "checked_index",
         "commit",
         "config",
+        "dump_known",
         "eager_commit",
         "election_timeout_us",
         "forgotten_end",
@@ -149,7 +151,8 @@ class Member:
         self.timer_us = 0
         self.votes: dict[int, bool] | None = None  # since the last campaign, until it is over
         self.lead: Leading | None = None
-        self.incoming: tuple[int, int, int, bytearray] | None = None  # snapshot: index, term, total, bytes so far
+        self.incoming: Incoming | None = None  # a leader's snapshot, as far as it has come
+        self.dump_known = (0, 0)  # size of the state when it was last dumped or loaded, and log.total_bytes then
         self.losses: Losses | None = None  # what peers' disks lost, as told since there is no leader
         self.recovery: dict[int, tuple[int, int, int]] | None = None  # survivor -> (last term, last index, term)
         self.session_table = Sessions(config.session_ttl_us, config.session_count_max)

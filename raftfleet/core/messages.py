@@ -122,7 +122,7 @@ class VoteAnswer(NamedTuple):
 class Snapshot(NamedTuple):
     """One chunk of a snapshot. ``index``/``index_term``: the last entry that the snapshot contains.
 
-    ``total``: bytes of the whole; ``offset``: where ``data`` begins.
+    ``total`` and ``crc``: bytes and CRC-32 of the whole, by which it is known again; ``offset``: where ``data`` begins.
     """
 
     kind: int
@@ -135,6 +135,7 @@ class Snapshot(NamedTuple):
     stamp: int
     life: int
     data: bytes
+    crc: int
 
 
 class SnapshotAnswer(NamedTuple):

@@ -9,6 +9,11 @@ This module knows nothing of messages. Always ``0 <= match < next``; ``match`` i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from raftfleet.core.sending import Source
+
 PROBE = 0
 REPLICATE = 1
 SNAPSHOT = 2
@@ -22,20 +27,20 @@ CHUNKS_IN_FLIGHT_MAX = 4
 
 
 class Transfer:
-    """A snapshot on its way to one member: ``acked <= sent <= len(data)``, in bytes.
+    """A snapshot on its way to one member: ``acked <= sent <= source.size_bytes``."""
 
-    ``acked_stamp``: of the chunk whose answer told ``acked``.
-    """
+    __slots__ = ("acked", "acked_stamp", "crc", "crc_bytes", "index", "is_probing", "sent", "source", "term")
 
-    __slots__ = ("acked", "acked_stamp", "data", "index", "sent", "term")
-
-    def __init__(self, index: int, term: int, data: bytes) -> None:
-        self.index = index
-        self.term = term
-        self.data = data
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.index = source.index
+        self.term = source.term
         self.acked = 0
-        self.acked_stamp = 0
+        self.acked_stamp = 0  # of the chunk whose answer moved ``acked``
         self.sent = 0
+        self.is_probing = False  # what was sent is lost, or its receiver is busy: one chunk at a time
+        self.crc = 0  # of the first ``crc_bytes``, as they were read
+        self.crc_bytes = 0
 
 
 class Progress:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raftfleet.core import own_log, restoring, roles, snapshots
+from raftfleet.core import own_log, restoring, roles, sending
 from raftfleet.core import sessions as session_rules
 from raftfleet.core.codes import DISK_FULL, NOT_LEADER, RESTORING, TOO_LARGE
 from raftfleet.core.messages import APPEND, COMMANDS, TIMEOUT_NOW, Append, TimeoutNow
@@ -119,14 +119,14 @@ def _send_appends(member: Member, peer: int, progress: Progress, *, empty: bool 
     log = member.log
     shard = member.shard
     if progress.state == SENDING_SNAPSHOT:
-        snapshots.send_chunks(member, peer, progress)
+        sending.send_chunks(member, peer, progress)
         return
     if progress.paused and not empty:
         return
     while True:
         first = progress.next
         if first <= log.snapshot_index:
-            snapshots.start_snapshot(member, peer, progress)
+            sending.start_snapshot(member, peer, progress)
             return
         entries: list[Entry] = []
         if first <= log.last_index and progress.in_flight < APPENDS_IN_FLIGHT_MAX:
@@ -217,20 +217,11 @@ def on_snapshot_answer(member: Member, sender: int, m: SnapshotAnswer) -> None:
         if transfer is not None and transfer.index == m.index:
             progress.to_replicate()
         _on_accepted(member, sender, lead, progress, m.index, m.stamp)
-        if not any(p.state == SENDING_SNAPSHOT for p in lead.progress.values()):
-            lead.snapshot = None
+        sending.release(member, lead)
         member.shard.active[member.uid] = member
         member.shard.set_dirty(member)
     elif transfer is not None and (transfer.index, transfer.term) == (m.index, m.index_term):
-        if m.next_offset > transfer.acked:
-            transfer.acked = min(m.next_offset, len(transfer.data))
-            transfer.acked_stamp = m.stamp
-            transfer.sent = max(transfer.sent, transfer.acked)
-        elif m.next_offset < transfer.acked and m.stamp > transfer.acked_stamp:
-            # The receiver lost what it had, and may have begun again with late chunks: from what it has now.
-            transfer.acked = transfer.sent = m.next_offset
-            transfer.acked_stamp = m.stamp
-        snapshots.send_chunks(member, sender, progress)
+        sending.on_progress(member, sender, progress, m.next_offset, m.stamp)
 
 
 def _on_accepted(member: Member, sender: int, lead: Leading, progress: Progress, index: int, stamp: int) -> None:
@@ -298,6 +289,8 @@ def on_tick(member: Member) -> bool:
         lead.transfer_target = 0
         member.shard.event("transfer_failed", member.uid)
         member.shard.set_dirty(member)
+    if lead.snapshot is not None or lead.hold_index:
+        sending.release(member, lead)
     is_open = bool(lead.batch or lead.pending or lead.transfer_target or lead.reads or lead.config_index)
     last_index = member.log.last_index
     for peer, progress in lead.progress.items():
@@ -318,10 +311,7 @@ def on_beat_answered(member: Member, peer: int, beat_stamp: int) -> None:
     if progress is None or progress.sent_stamp >= beat_stamp:
         return
     if progress.state == SENDING_SNAPSHOT:
-        transfer = progress.transfer
-        assert transfer is not None
-        transfer.sent = transfer.acked
-        snapshots.send_chunks(member, peer, progress)
+        sending.on_lost(member, peer, progress)
         return
     if (
         progress.match < member.log.last_index

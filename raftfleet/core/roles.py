@@ -40,8 +40,6 @@ def follow(member: Member, term: int, leader: int) -> None:
             # Deposed: whoever still follows must not wait for the link to fall silent, for it does not.
             _say_step_down(member, member.lead)
         _stop_leading(member)
-    if term != member.term or leader != member.leader:
-        member.incoming = None  # another leader's snapshot of the same index may differ in its bytes
     if member.leader and (term != member.term or leader != member.leader):
         member.heard_us = member.heard_leader_us()
         link = shard.links.get(member.leader)

@@ -29,9 +29,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raftfleet.core import repair
+from raftfleet.core import repair, snapshots
 from raftfleet.core.codes import GONE_UID, NOT_LEADER
 from raftfleet.core.config import GroupConfig
+from raftfleet.core.failures import describe
+from raftfleet.core.incoming import drop_incoming
 from raftfleet.core.links import LIST_PART_GROUPS, MISMATCHES_BEFORE_LIST, Link, SentBeat
 from raftfleet.core.member import Member
 from raftfleet.core.membership import Membership
@@ -65,9 +67,13 @@ from raftfleet.core.messages import (
     Snapshot,
 )
 from raftfleet.core.progress import CHUNK_BYTES
+from raftfleet.core.sending import INLINE_BYTES_MAX, RETRY_US, BytesSource
 
 if TYPE_CHECKING:
     import random
+
+    from raftfleet.core.incoming import Arrival, Incoming, Key
+    from raftfleet.core.sending import Source
 
 HELD_VOTES_MAX = 4096
 """Vote requests kept for groups of which this shard has not been told yet."""
@@ -82,10 +88,12 @@ class ShardSettings:
     Attributes:
         beat_interval_us: one beat per linked shard each so many microseconds.
         chunk_bytes: a snapshot travels in pieces of this size.
+        inline_bytes_max: states that are likely to be larger are dumped, written and taken in outside the loop's turn.
     """
 
     beat_interval_us: int = 200_000
     chunk_bytes: int = CHUNK_BYTES
+    inline_bytes_max: int = INLINE_BYTES_MAX
 
 
 class Tombstone(NamedTuple):
@@ -143,6 +151,7 @@ class Shard:
         self.applied_listener: dict[int, Callable[[int, int, list[bytes]], None]] = {}
         self.restored_listener: dict[int, Callable[[], None]] = {}
         self.user_code_watch: Callable[[Member | None], None] | None = None
+        self.begin_dump: Callable[[Member], bool] | None = None
         self._dirty: dict[int, Member] = {}
         self._applying: dict[int, Member] = {}
         self._sends: dict[int, list[Any]] = {}
@@ -161,6 +170,7 @@ class Shard:
         self._leaving: list[Member] = []
         self._lost_told: set[int] = set()
         self._is_in_user_code = False
+        self._dump_retry_us: dict[int, int] = {}  # uid -> when a dump that failed is tried again
         self._handlers: dict[int, Callable[[Member, int, Any], None]] = {
             APPEND: Member.on_append,
             APPEND_ANSWER: Member.on_append_answer,
@@ -447,9 +457,11 @@ class Shard:
         if member.leader:
             self.link(member.leader).unfollow(member)
             member.leader = 0
+        drop_incoming(member)
         uid = member.uid
         for table in (self.members, self.active, self.reading, self._dirty, self._applying):
             table.pop(uid, None)
+        self._dump_retry_us.pop(uid, None)
 
     def _unknown(self, sender: int, message: Any) -> Member | None:
         """A message for a group that has no member here."""
@@ -685,8 +697,15 @@ class Shard:
     def save_entries(self, member: Member, first: int) -> None:
         """The log changed from ``first`` on."""
 
-    def save_snapshot(self, member: Member, data: bytes, *, replaces_log: bool) -> None:
+    def save_snapshot(self, member: Member, incoming: Incoming, *, replaces_log: bool) -> None:
         """The leader's snapshot was installed; with ``replaces_log`` nothing of the log before it is left."""
+
+    def arrival(self, member: Member, key: Key) -> Arrival | None:
+        """Where a large snapshot is to be written while it arrives; None: it stays in memory."""
+        return None
+
+    def chunk_arrived(self, member: Member) -> None:
+        """``member.incoming`` has grown."""
 
     def save_tombstone(self, uid: int, buried: Tombstone) -> None:
         """The member is no more, and this is to be remembered."""
@@ -701,6 +720,49 @@ class Shard:
     def when_saved(self, candidate: Member) -> None:
         """The only voter voted for itself: it leads as soon as that is saved."""
         candidate.count_votes()
+
+    # ------------------------------------------------------------------ snapshots to be sent
+
+    def snapshot_source(self, member: Member) -> Source | None:
+        """A snapshot from which ``member``'s log goes on; None: it is being made, ask again."""
+        is_small = snapshots.dump_bytes_guess(member) <= self.settings.inline_bytes_max
+        return self.dump_here(member) if is_small else self.dump_elsewhere(member)
+
+    def dump_here(self, member: Member) -> Source | None:
+        """Dump now. None if the user's code fails, which is told once in ``RETRY_US``."""
+        if self.now_us < self._dump_retry_us.get(member.uid, self.now_us):
+            return None
+        try:
+            return BytesSource(*member.make_snapshot())
+        except BaseException as error:  # of the user's ``dump``
+            self.dump_failed(member, ": ".join(describe(error)))
+            return None
+
+    def dump_elsewhere(self, member: Member) -> Source | None:
+        """Have the state dumped by :attr:`begin_dump`, if the owner set it; None until :meth:`dump_made`."""
+        if self.begin_dump is None:
+            return self.dump_here(member)
+        if self.now_us >= self._dump_retry_us.get(member.uid, self.now_us):
+            self.begin_dump(member)
+        return None
+
+    def dump_made(self, member: Member, source: Source) -> None:
+        """What :attr:`begin_dump` began is done."""
+        self._dump_retry_us.pop(member.uid, None)
+        if self.members.get(member.uid) is member:
+            member.dump_known = (source.size_bytes, member.log.total_bytes)
+            if member.lead is not None:
+                member.lead.snapshot = source
+                self.active[member.uid] = member
+
+    def dump_failed(self, member: Member, why: str) -> None:
+        """What :attr:`begin_dump` began came to nothing: it is tried again after a while."""
+        if self.members.get(member.uid) is member:
+            self._dump_retry_us[member.uid] = self.now_us + RETRY_US
+            self.event("snapshot_failed", member.uid, why)
+
+    def source_failed(self, member: Member, source: Source) -> None:
+        """A source of snapshots turned out damaged: it is not offered again."""
 
     # ------------------------------------------------------------------ links
 

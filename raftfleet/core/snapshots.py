@@ -1,7 +1,7 @@
-"""Snapshots: made of what is applied, sent in chunks, taken over by whoever lacks the log.
+"""Snapshots: made of what is applied, taken over by whoever lacks the log.
 
-This module knows nothing of files: a shard saves what is installed here. What a leader does with the answers is in
-:mod:`raftfleet.core.replication`.
+This module knows nothing of files: a shard saves what is installed here. How a leader sends them is in
+:mod:`raftfleet.core.sending`.
 
 Rules (paper 7, thesis 5.1; DESIGN 5.4):
 
@@ -9,7 +9,7 @@ Rules (paper 7, thesis 5.1; DESIGN 5.4):
 * It is saved before it is acknowledged as done. Membership and client sessions travel inside, and the membership has an
   index of its own.
 * A log that agrees with the snapshot's last entry keeps what comes after it; any other log is replaced.
-* Chunks of another leader, index, term or length are never put together.
+* Chunks of another index, term, length or CRC are never put together (:mod:`raftfleet.core.incoming`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import msgpack
 
 from raftfleet.core import apply, own_log, roles
 from raftfleet.core.failures import describe
+from raftfleet.core.incoming import Incoming, Key, drop_incoming
 from raftfleet.core.membership import Membership
-from raftfleet.core.messages import SNAPSHOT, SNAPSHOT_ANSWER, Snapshot, SnapshotAnswer
-from raftfleet.core.progress import CHUNKS_IN_FLIGHT_MAX, Transfer
+from raftfleet.core.messages import SNAPSHOT_ANSWER, Snapshot, SnapshotAnswer
 from raftfleet.core.restoring import Restoring
+from raftfleet.core.sending import RETRY_US
 from raftfleet.core.sessions import Sessions
 
 if TYPE_CHECKING:
     from raftfleet.core.member import Member
-    from raftfleet.core.progress import Progress
 
 
 def make_snapshot(member: Member) -> tuple[int, int, bytes]:
@@ -47,53 +47,16 @@ def make_snapshot(member: Member) -> tuple[int, int, bytes]:
     parts = [1, at, membership.pack(), member.last_time_us, member.session_table.dump(), member.active_version, state]
     if member.restoring is not None:
         parts.append(member.restoring.dump())
-    return index, member.log.term_at(index), bytes(msgpack.packb(parts, use_bin_type=True))
+    data = bytes(msgpack.packb(parts, use_bin_type=True))
+    member.dump_known = (len(data), member.log.total_bytes)
+    return index, member.log.term_at(index), data
 
 
-def start_snapshot(member: Member, peer: int, progress: Progress) -> None:
-    """``peer`` needs what is compacted away: send it a snapshot, made now unless a fit one is at hand."""
-    lead = member.lead
-    assert lead is not None
-    shared = lead.snapshot
-    if shared is None or shared.index < member.log.snapshot_index:
-        try:
-            index, term, data = member.make_snapshot()
-        except BaseException as error:
-            member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
-            progress.paused = True
-            progress.sent_stamp = member.shard.stamp
-            return
-        shared = lead.snapshot = Transfer(index, term, data)
-    progress.to_snapshot(Transfer(shared.index, shared.term, shared.data))
-    send_chunks(member, peer, progress)
-
-
-def send_chunks(member: Member, peer: int, progress: Progress) -> None:
-    """Send ``peer`` the next chunks, as far as the window allows."""
-    transfer = progress.transfer
-    assert transfer is not None
-    stamp = member.shard.stamp
-    total = len(transfer.data)
-    chunk_bytes = member.shard.settings.chunk_bytes
-    while transfer.sent < total and transfer.sent - transfer.acked < CHUNKS_IN_FLIGHT_MAX * chunk_bytes:
-        data = transfer.data[transfer.sent : transfer.sent + chunk_bytes]
-        member.shard.send(
-            peer,
-            Snapshot(
-                SNAPSHOT,
-                member.uid,
-                member.term,
-                transfer.index,
-                transfer.term,
-                transfer.sent,
-                total,
-                stamp,
-                progress.life,
-                data,
-            ),
-        )
-        transfer.sent += len(data)
-        progress.sent_stamp = stamp
+def dump_bytes_guess(member: Member) -> int:
+    """What a dump may take: as much as the last one known here, and all that came into the log since."""
+    size_bytes, at_bytes = member.dump_known
+    looked_at = member.audit.state_bytes if member.audit is not None else 0
+    return max(size_bytes + max(member.log.total_bytes - at_bytes, 0), looked_at)
 
 
 def on_snapshot(member: Member, sender: int, m: Snapshot) -> None:
@@ -112,22 +75,32 @@ def on_snapshot(member: Member, sender: int, m: Snapshot) -> None:
         member.heard_us = member.shard.now_us
         member.timer_us = 0
     if m.index <= member.commit:
-        if member.incoming is not None and member.incoming[0] <= member.commit:
-            member.incoming = None  # a late chunk of the one before takes nothing from what is still of use
+        if member.incoming is not None and member.incoming.index <= member.commit:
+            drop_incoming(member)  # a late chunk of the one before takes nothing from what is still of use
         _answer_snapshot(member, sender, m, m.total, True)
         return
+    key = Key(m.index, m.index_term, m.total, m.crc)
     incoming = member.incoming
-    if incoming is None or incoming[:3] != (m.index, m.index_term, m.total):
-        incoming = member.incoming = (m.index, m.index_term, m.total, bytearray())
-    received = incoming[3]
-    if m.offset == len(received) and m.offset + len(m.data) <= m.total:
-        received += m.data
-    done = len(received) == m.total
-    if done:
-        member.incoming = None
-        if not _install_snapshot(member, m.index, m.index_term, bytes(received)):
+    if incoming is None or incoming.key != key:
+        incoming = _begin(member, key)
+    elif incoming.failed_us:
+        if member.shard.now_us - incoming.failed_us < RETRY_US:
             return
-    _answer_snapshot(member, sender, m, len(received), done)
+        incoming = _begin(member, key)
+    if m.offset == incoming.received and m.offset + len(m.data) <= m.total:
+        incoming.take(m.data)
+        member.shard.chunk_arrived(member)
+    done = incoming.is_complete
+    if done and not _install_snapshot(member, incoming):
+        return
+    _answer_snapshot(member, sender, m, m.total if done else incoming.received, done)
+
+
+def _begin(member: Member, key: Key) -> Incoming:
+    drop_incoming(member)
+    is_large = key.size_bytes > member.shard.settings.inline_bytes_max
+    member.incoming = Incoming(key, member.shard.arrival(member, key) if is_large else None)
+    return member.incoming
 
 
 def _answer_snapshot(member: Member, sender: int, m: Snapshot, next_offset: int, done: bool) -> None:
@@ -179,13 +152,28 @@ def take_over(member: Member, index: int, unpacked: Unpacked) -> None:
     member.commit = member.applied = member.checked_index = index
 
 
-def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> bool:
+def _came_to_nothing(member: Member, incoming: Incoming, why: str) -> bool:
+    member.shard.event("snapshot_failed", member.uid, why)
+    incoming.fail(member.shard.now_us)
+    return False
+
+
+def _install_snapshot(member: Member, incoming: Incoming) -> bool:
     """Take over state, sessions and membership; returns False (and says so) if the bytes are of no use."""
+    _, _, size_bytes, crc = incoming.key
+    if not incoming.is_whole:
+        return _came_to_nothing(member, incoming, f"a snapshot came with CRC {incoming.crc:08x}, not {crc:08x}")
+    try:
+        data = incoming.data()
+    except OSError as error:
+        return _came_to_nothing(member, incoming, f"what arrived of a snapshot cannot be read: {error}")
     try:
         unpacked = unpack(member, data)
-    except BaseException as error:
-        member.shard.event("snapshot_failed", member.uid, ": ".join(describe(error)))
-        return False
+    except BaseException as error:  # of the user's ``load``
+        return _came_to_nothing(member, incoming, ": ".join(describe(error)))
+    del data  # it may be as large as the state
+    member.incoming = None
+    index, term = incoming.key[:2]
     log = member.log
     replaces_log = log.term_at(index) != term
     if replaces_log:
@@ -196,7 +184,8 @@ def _install_snapshot(member: Member, index: int, term: int, data: bytes) -> boo
         later = [row for row in member.memberships if row[0] > index]
     member.memberships = [(unpacked.membership_index, unpacked.membership), *later]
     take_over(member, index, unpacked)
-    member.shard.save_snapshot(member, data, replaces_log=replaces_log)
+    member.dump_known = (size_bytes, log.total_bytes)
+    member.shard.save_snapshot(member, incoming, replaces_log=replaces_log)
     if member.hook is not None:
         apply.call_hook(member, "on_restored", member.state)
     member.shard.on_restored(member)

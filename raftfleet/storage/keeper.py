@@ -36,11 +36,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raftfleet.core.failures import describe
+from raftfleet.core.sending import INLINE_BYTES_MAX
+from raftfleet.storage.arrival import ArrivalFile, StoredSource
 from raftfleet.storage.base import DiskState, RecoveredShard, SnapshotInfo, StorageDamaged, StorageFull
 from raftfleet.storage.store import ShardStore
 
 if TYPE_CHECKING:
     from raftfleet.core.durable import DurableShard
+    from raftfleet.core.incoming import Arrival, Key
     from raftfleet.core.member import Member
     from raftfleet.core.messages import Entry
 
@@ -49,8 +52,6 @@ MARK_AFTER_US = 100_000
 """A shard that changed nothing for so long marks its log: longer than the pauses within a client's conversation."""
 SNAPSHOT_LOG_BYTES_MIN = 4 << 20
 """No snapshot for less log than this unless the store asks: it costs three fsyncs and replays in a moment."""
-INLINE_BYTES_MAX = 256 << 10
-"""A member whose newest snapshot, and log since, are at most this is written in the loop: about a millisecond."""
 LOOK_US = 200_000
 RETRY_SNAPSHOT_US = 10_000_000
 NOTES_KEPT_MAX = 100
@@ -68,6 +69,7 @@ class Keeper:
 
     Attributes:
         shard: whose disk this is; set by the owner before anything is saved.
+        inline_bytes_max: a member whose newest snapshot, and log since, are at most this is written in the loop.
         begin_snapshot: writes large snapshots elsewhere; None: all are written here.
         notes: lines for the log, ``(level, text)``; the owner takes them.
         fork_us_max: how long the longest fork for a snapshot took.
@@ -83,6 +85,8 @@ class Keeper:
         self.snapshot_count = 0
         self.fork_us_max = 0
         self.now_us = 0
+        self.inline_bytes_max = INLINE_BYTES_MAX
+        self._wanted: dict[int, None] = {}  # members whose snapshot somebody waits for, the first one first
         self._retry_us = 0
         self._look_us = 0
         self._looked_at_us = 0
@@ -140,6 +144,54 @@ class Keeper:
         self.watch(True)
         try:
             self.store.save_snapshot(uid, index, term, data)
+            self.snapshot_count += 1
+            return True
+        except StorageFull:
+            self._retry_us = self.now_us + FULL_RETRY_US
+            return False
+        finally:
+            self.watch(False)
+
+    def open_snapshot(self, uid: int, index_min: int) -> StoredSource | None:
+        """See :class:`raftfleet.core.durable.Disk`."""
+        return self.store.open_source(uid, index_min)
+
+    def want_snapshot(self, uid: int) -> None:
+        """See :class:`raftfleet.core.durable.Disk`. It is begun by :meth:`work`."""
+        if uid not in self._wanted:
+            self._wanted[uid] = None
+            self._look_us = self._looked_at_us = 0
+
+    def put_aside(self, uid: int, index: int) -> None:
+        """See :class:`raftfleet.core.durable.Disk`."""
+        group = self.store.groups.get(uid)
+        for info in list(group.snapshots) if group is not None else ():
+            if info.index == index:
+                self.store.put_aside(info, "found while it was sent")
+
+    def arrival(self, uid: int, key: Key) -> ArrivalFile:
+        """See :class:`raftfleet.core.durable.Disk`."""
+        return self.store.arrival(uid, key)
+
+    def write_arrival(self, file: Arrival, data: bytes) -> bool:
+        """See :class:`raftfleet.core.durable.Disk`."""
+        assert isinstance(file, ArrivalFile)
+        self.watch(True)
+        try:
+            self.store.write_arrival(file, data)
+            return True
+        except StorageFull as error:
+            self.store.problems.append(str(error))
+            return False
+        finally:
+            self.watch(False)
+
+    def finish_arrival(self, file: Arrival, data: bytes, uid: int, index: int, term: int) -> bool:
+        """See :class:`raftfleet.core.durable.Disk`."""
+        assert isinstance(file, ArrivalFile)
+        self.watch(True)
+        try:
+            self.store.finish_arrival(file, data, uid, index, term)
             self.snapshot_count += 1
             return True
         except StorageFull:
@@ -260,20 +312,26 @@ class Keeper:
         shard = self.shard
         if shard is None or shard.is_full:
             return
-        for uid in self._due():
+        for uid in [*self._wanted, *self._due()]:
             member = shard.members.get(uid)
-            if member is None or member.is_quarantined or now_us < self._failed_us.get(uid, 0):
+            if member is None or member.is_quarantined:
+                self._wanted.pop(uid, None)
                 continue  # what differs from its peers' is not to outlive its log
+            if now_us < self._failed_us.get(uid, 0):
+                continue
             newest = self.store.snapshot_of(uid)
             if newest is not None and newest.index >= member.applied:
+                self._wanted.pop(uid, None)
                 continue
             size_bytes = self.store.log_bytes(uid) + (newest.size_bytes if newest is not None else 0)
-            if size_bytes <= INLINE_BYTES_MAX or self.begin_snapshot is None:
+            if size_bytes <= self.inline_bytes_max or self.begin_snapshot is None:
+                self._wanted.pop(uid, None)
                 self._make_here(member, now_us)
                 self._look_us = self._looked_at_us = now_us  # the next one with the next loop
                 self._changed_us = now_us
                 return
             if self.begin_snapshot(member, self.store.reserve_generation()):
+                self._wanted.pop(uid, None)
                 return
 
     def _due(self) -> list[int]:
@@ -302,6 +360,7 @@ class Keeper:
     def snapshot_failed(self, uid: int, now_us: int, why: str) -> None:
         """A snapshot came to nothing: it is tried again after a while."""
         self._try_later(uid, now_us)
+        self._looked_at_us = 0  # others may have waited for their turn
         group = self.store.groups.get(uid)
         self._note("error", f"group {group.name if group else uid}: no snapshot could be made: {why}")
 

@@ -13,7 +13,8 @@
     56   8   size of the data
     64   4   CRC32C of meta and data
     68   12  zeros (covered by the header's CRC)
-    80   ..  meta: msgpack {"name"}, so that an archived file says what it is
+    80   ..  meta: msgpack {"name", "crc"}: so that an archived file says what it is; CRC-32 (zlib's) of the data, by
+             which members that send it to each other know it again
     ..   ..  data: what Member.make_snapshot gave
 
 It is written under ``<name>.tmp``, made durable, renamed, and the rename made durable; only then do older ones go. Two
@@ -24,6 +25,7 @@ group's newest is moved to ``archive/`` under the same name.
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import msgpack
@@ -58,6 +60,12 @@ def parse_name(name: str) -> tuple[int, int] | None:
         return None
 
 
+def pack_header(uid: int, index: int, term: int, generation: int, meta: bytes, size_bytes: int, crc: int) -> bytes:
+    """The header. ``crc``: CRC32C of meta and data."""
+    fields = _FIELDS.pack(uid, index, term, generation, len(meta), size_bytes, crc)
+    return _HEAD.pack(MAGIC, FORMAT, crc_extend(FORMAT, fields)) + fields
+
+
 def write_snapshot(
     files: Files, folder: str, uid: int, index: int, term: int, generation: int, meta: dict[str, Any], data: bytes
 ) -> SnapshotInfo:
@@ -66,10 +74,9 @@ def write_snapshot(
     Raises:
         OSError: it failed; a temporary file may be left, which the next start removes.
     """
-    packed = bytes(msgpack.packb(meta))
+    packed = bytes(msgpack.packb({**meta, "crc": zlib.crc32(data)}))
     crc = crc_extend(crc_extend(0, packed), data)
-    fields = _FIELDS.pack(uid, index, term, generation, len(packed), len(data), crc)
-    head = _HEAD.pack(MAGIC, FORMAT, crc_extend(FORMAT, fields)) + fields + packed
+    head = pack_header(uid, index, term, generation, packed, len(data), crc) + packed
     path = f"{folder}/{snapshot_name(uid, generation)}"
     handle = files.open(path + TEMPORARY, create=True)
     try:

@@ -22,8 +22,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from raftfleet.core.incoming import Key
 from raftfleet.core.messages import Entry
 from raftfleet.storage import recovery as recovery_rules
+from raftfleet.storage.arrival import ArrivalFile, StoredSource, open_source
 from raftfleet.storage.base import (
     NO_FLEET,
     Damage,
@@ -154,6 +156,8 @@ class ShardStore:
         # while entries before that place may have to be told apart from those in force.
         self._truncations: dict[int, list[tuple[int, int, int]]] = {}
         self._closed = False
+        self._arrival_count = 0
+        self._litter: list[str] = []  # files of snapshots that never came to an end
 
     # ------------------------------------------------------------------ opening
 
@@ -604,6 +608,77 @@ class ShardStore:
             raise self._snapshot_failed(uid, generation, error) from error
         self.adopt_snapshot(info)
 
+    def open_source(self, uid: int, index_min: int) -> StoredSource | None:
+        """The newest stored snapshot of a member, to be sent; None unless it is of ``index_min`` or later."""
+        group = self.groups.get(uid)
+        if group is None or not group.snapshots or group.snapshots[-1].index < index_min:
+            return None
+        info = group.snapshots[-1]
+        try:
+            return open_source(self.files, info)
+        except (OSError, StorageError) as error:
+            self.put_aside(info, str(error))
+            return None
+
+    def put_aside(self, info: SnapshotInfo, why: str) -> None:
+        """A stored snapshot is damaged: it does not count any more. The older one and the log have it all."""
+        self.groups[info.uid].snapshots.remove(info)
+        self.problems.append(f"{info.path} is damaged ({why}); it was put aside, and another is made")
+        self._wal.guard(self.files.rename, info.path, f"{self.path}/archive/{os.path.basename(info.path)}.damaged")
+
+    def arrival(self, uid: int, key: Key) -> ArrivalFile:
+        """A file for a large snapshot that is about to arrive; nothing is written yet."""
+        self._arrival_count += 1
+        path = f"{self.path}/snapshots/incoming-{uid:016x}-{self._arrival_count}{TEMPORARY}"
+        meta = {"name": self.groups[uid].name, "crc": key.crc}
+        return ArrivalFile(self.files, path, key, meta, self._litter.append)
+
+    def write_arrival(self, file: ArrivalFile, data: bytes) -> None:
+        """Write what came next of it.
+
+        Raises:
+            StorageFull: there is no room for it, or would not be for all of it.
+            StoragePoisoned: final.
+        """
+        if not file.is_begun and self.free_bytes() < file.key.size_bytes + self._low_bytes:
+            raise StorageFull(f"{self.path} has no room for a snapshot of {file.key.size_bytes} bytes")
+        try:
+            file.write(data)
+        except OSError as error:
+            raise self._arrival_failed(file, error, is_needed=False) from error
+
+    def finish_arrival(self, file: ArrivalFile, data: bytes, uid: int, index: int, term: int) -> None:
+        """Write the last of it and count it as a snapshot, durable when this returns. Errors as above."""
+        try:
+            if file.size_bytes < file.key.size_bytes:
+                file.write(data)
+            info = file.finish(f"{self.path}/snapshots", uid, index, term, self.reserve_generation())
+        except OSError as error:
+            raise self._arrival_failed(file, error, is_needed=True) from error
+        self.adopt_snapshot(info)
+
+    def _arrival_failed(self, file: ArrivalFile, error: OSError, *, is_needed: bool) -> StorageError:
+        what = f"writing {file.path} failed: {error}"
+        if error.errno not in NO_SPACE or (file.is_spoilt and is_needed):
+            self._wal.poison(what)
+            return StoragePoisoned(self._wal.why)
+        return StorageFull(what)
+
+    def free_bytes(self) -> int:
+        """Space on the file system, as far as it tells."""
+        try:
+            return self.files.free_bytes(self.path)
+        except OSError:
+            return 1 << 62
+
+    def _remove_litter(self) -> None:
+        litter, self._litter[:] = list(self._litter), []
+        for path in litter:
+            try:
+                self.files.unlink(path)
+            except OSError as error:
+                self.problems.append(f"cannot remove {path}, which the next start does: {error}")
+
     @property
     def segments(self) -> list[Segment]:
         """Segments in use, oldest first."""
@@ -680,6 +755,8 @@ class ShardStore:
         wal = self._wal
         if wal.state is DiskState.POISONED:
             raise StoragePoisoned(wal.why)
+        if self._litter:
+            self._remove_litter()
         try:
             if wal.state is DiskState.FULL:
                 wal.try_space()

@@ -475,7 +475,7 @@ _checks.update(
 _FIELDS: dict[int, tuple[Field, ...]] = {
     messages.VOTE: ("uid", "term", "bool", "u63", "term", "bool"),
     messages.VOTE_ANSWER: ("uid", "term", "bool", "bool"),
-    messages.SNAPSHOT: ("uid", "term", "u63", "term", "u63", "u63", "u63", "u63", "bin"),
+    messages.SNAPSHOT: ("uid", "term", "u63", "term", "u63", "u63", "u63", "u63", "bin", "u63"),
     messages.SNAPSHOT_ANSWER: ("uid", "term", "u63", "term", "u63", "bool", "u63", "u63"),
     messages.TIMEOUT_NOW: ("uid", "term"),
     messages.STEP_DOWN: ("uid", "term"),

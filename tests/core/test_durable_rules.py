@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 from core.disks import DurableCluster, DurableLone
 from core.harness import SECOND_US, WALL_US, Answer, append, pack
@@ -52,7 +54,7 @@ def snapshot_of(lone: DurableLone, term: int, index: int, state: list[str]) -> S
     member.log.reset_to(index, term)
     _, _, data = member.make_snapshot()
     member.state, member.applied, member.log = saved
-    return Snapshot(SNAPSHOT, 1, term, index, term, 0, len(data), 5, 0, data)
+    return Snapshot(SNAPSHOT, 1, term, index, term, 0, len(data), 5, 0, data, zlib.crc32(data))
 
 
 def test_rule_04_a_snapshot_is_on_the_disk_before_it_is_acknowledged() -> None:

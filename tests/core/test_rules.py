@@ -7,6 +7,7 @@ than it is decided).
 from __future__ import annotations
 
 import dataclasses
+import zlib
 
 import msgpack
 import pytest
@@ -286,7 +287,7 @@ def test_rule_03_a_leader_that_fell_while_removing_itself_can_be_elected_to_fini
 def _snapshot(index: int, index_term: int, term: int, state: list[object], voters: tuple[int, ...]) -> Snapshot:
     membership = Membership.first(voters).pack()
     data = msgpack.packb([1, 0, membership, WALL_US, [], 1, Journal().dump(state)])
-    return Snapshot(SNAPSHOT, 1, term, index, index_term, 0, len(data), 1, 0, data)
+    return Snapshot(SNAPSHOT, 1, term, index, index_term, 0, len(data), 1, 0, data, zlib.crc32(data))
 
 
 def test_rule_04_a_snapshot_behind_the_commit_index_moves_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import msgpack
 from core.harness import WALL_US, Cluster, Journal, Lone, append
 
@@ -125,7 +127,7 @@ def test_snapshots_of_an_older_and_a_newer_term_never_move_a_state_backwards() -
 
     def snapshot(index: int, index_term: int, term: int, state: list[object]) -> Snapshot:
         data = msgpack.packb([1, 0, Membership.first((1, 2, 3)).pack(), WALL_US, [], 1, Journal().dump(state)])
-        return Snapshot(SNAPSHOT, 1, term, index, index_term, 0, len(data), 1, 0, data)
+        return Snapshot(SNAPSHOT, 1, term, index, index_term, 0, len(data), 1, 0, data, zlib.crc32(data))
 
     lone = Lone()
     lone.receive(2, append(1, (0, 0), [1, 1], commit=2))

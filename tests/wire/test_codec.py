@@ -45,7 +45,7 @@ STRATEGIES: dict[int, st.SearchStrategy[Any]] = {
     m.APPEND_ANSWER: st.builds(m.AppendAnswer, st.just(m.APPEND_ANSWER), u63, u63, boolean, *[u63] * 5),
     m.VOTE: st.builds(m.Vote, st.just(m.VOTE), u63, u63, boolean, u63, u63, boolean),
     m.VOTE_ANSWER: st.builds(m.VoteAnswer, st.just(m.VOTE_ANSWER), u63, u63, boolean, boolean),
-    m.SNAPSHOT: st.builds(m.Snapshot, st.just(m.SNAPSHOT), *[u63] * 8, data),
+    m.SNAPSHOT: st.builds(m.Snapshot, st.just(m.SNAPSHOT), *[u63] * 8, data, u63),
     m.SNAPSHOT_ANSWER: st.builds(m.SnapshotAnswer, st.just(m.SNAPSHOT_ANSWER), *[u63] * 5, boolean, u63, u63),
     m.TIMEOUT_NOW: st.builds(m.TimeoutNow, st.just(m.TIMEOUT_NOW), u63, u63),
     m.STEP_DOWN: st.builds(m.StepDown, st.just(m.STEP_DOWN), u63, u63),
