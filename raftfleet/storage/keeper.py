@@ -272,7 +272,7 @@ class Keeper:
 
     def next_deadline_us(self) -> int:
         """When :meth:`rest` or a save should be tried next, if nothing else happens."""
-        deadline_us = self._failed_due_us
+        deadline_us = max(self._failed_due_us, self._look_us)
         if self._looked_at_us <= self._changed_us:
             deadline_us = self._look_us
         if self.store.state is DiskState.FULL:

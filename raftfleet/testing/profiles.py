@@ -39,6 +39,7 @@ class SimulationOptions:
         think_us: the longest pause of a client between two bursts.
         query_share: of the clients' operations.
         chunk_bytes: of a snapshot on its way.
+        inline_bytes_max: larger states are dumped by children that take their time, and received into files.
         steps_max: a run that takes more is taken to breed messages.
     """
 
@@ -70,6 +71,7 @@ class SimulationOptions:
     think_us: tuple[int, ...] = (200_000, 800_000, 3_000_000)
     query_share: float = 0.3
     chunk_bytes: int = 256 << 10
+    inline_bytes_max: int = 256 << 10
     linearizability_steps_max: int = 100_000
     steps_max: int = 400_000
 
@@ -169,6 +171,7 @@ _ALL = (
         weathers=("unordered", "cuts", "mixed"),
         entries_kept=(1, 2, 4),
         chunk_bytes=200,
+        inline_bytes_max=400,
     ),
     _profile("sessions", session_ttls_s=(2.0, 4.0), weathers=("lossy", "mixed"), entries_kept=(4,)),
     _profile("durable", is_durable=True),
@@ -192,6 +195,7 @@ _ALL = (
         weathers=("cuts", "mixed"),
         entries_kept=(1, 2, 4),
         chunk_bytes=200,
+        inline_bytes_max=400,
     ),
     _profile(
         "durable quarrels",

@@ -11,8 +11,11 @@ import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from raftfleet.core.member import Member
+from raftfleet.core.sending import BytesSource
 from raftfleet.core.shard import Shard, ShardSettings
 from raftfleet.testing.clock import DriftingClock, EventQueue
+from raftfleet.testing.sim_child import SimChild
 
 WALL_EPOCH_US = 1_700_000_000_000_000
 """Unix microseconds at true time 0 of every simulation."""
@@ -73,6 +76,16 @@ class SimShard:
         self._stops_in_turn = False
         self._stops_early = False
         self._is_begun = False
+        self.child = SimChild(self, queue)
+        self.core.begin_dump = self._begin_dump
+
+    def _begin_dump(self, member: Member) -> bool:
+        core = self.core
+        return self.child.begin(
+            member,
+            lambda index, term, data: core.dump_made(member, BytesSource(index, term, data)),
+            lambda why: core.dump_failed(member, why),
+        )
 
     def receive(self, from_instance: int, frame: Any) -> None:
         """A frame has come."""

@@ -166,7 +166,7 @@ class ClusterLayer:
         if files is None:
             self._lives[place] += 1
         instance = (place + 1) * 1000 + self._lives[place]
-        settings = ShardSettings(beat_interval_us=options.beat_interval_us, chunk_bytes=options.chunk_bytes)
+        settings = ShardSettings(options.beat_interval_us, options.chunk_bytes, options.inline_bytes_max)
         clock = DriftingClock(self.draw_rate_ppm(rng), rng.randrange(1, 1000) * SECOND_US)
         wall_offset_us = rng.randrange(-SECOND_US, SECOND_US)
         shard_rng = EagerRandom(rng.getrandbits(64))
@@ -190,6 +190,7 @@ class ClusterLayer:
         instance = shard.instance
         shard.core.is_dead = self.removed[instance].__contains__
         shard.core.may_create = self.recipe
+        shard.child.fails_until_us = self.options.fault_us
         self.shards[shard.place] = shard
         self._tokens[instance] = {}
         self.promises.started(instance, shard.clock, self.queue.now_us)

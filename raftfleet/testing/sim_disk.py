@@ -18,6 +18,7 @@ from raftfleet.core.member import Member
 from raftfleet.core.shard import ShardSettings
 from raftfleet.storage.base import StoragePoisoned
 from raftfleet.storage.keeper import load_state, open_keeper
+from raftfleet.storage.snapshots import TEMPORARY, snapshot_name, write_snapshot
 from raftfleet.testing.clock import DriftingClock, EventQueue
 from raftfleet.testing.disk import FakeFiles, PowerLoss
 from raftfleet.testing.shards import WALL_EPOCH_US, SimShard
@@ -66,6 +67,8 @@ class DurableSimShard(SimShard):
         core = DurableShard(instance, rng, settings, self.keeper)
         super().__init__(owner, queue, place, instance, rng, settings, clock, wall_offset_us, core)
         self.keeper.shard = core
+        self.keeper.inline_bytes_max = settings.inline_bytes_max
+        self.keeper.begin_snapshot = self._begin_snapshot
         self.started_us = clock.local_us(queue.now_us)
         core.begin(self.started_us, WALL_EPOCH_US + queue.now_us + wall_offset_us)
         for uid, stone in found.tombstones.items():
@@ -82,6 +85,26 @@ class DurableSimShard(SimShard):
             )
         self.keep = 0.5
         self.on_death: Callable[[DurableSimShard, str], None] = lambda shard, reason: None
+
+    def _begin_snapshot(self, member: Member, generation: int) -> bool:
+        keeper, uid = self.keeper, member.uid
+        folder = f"{OPEN_PATH}/snapshots"
+
+        def write(index: int, term: int, data: bytes) -> None:
+            try:
+                info = write_snapshot(self.files, folder, uid, index, term, generation, {"name": member.name}, data)
+            except OSError as error:
+                fail(str(error))
+            else:
+                keeper.snapshot_made(info)
+
+        def fail(why: str) -> None:
+            path = f"{folder}/{snapshot_name(uid, generation)}{TEMPORARY}"
+            if path in self.files.names:
+                self.files.unlink(path)
+            keeper.snapshot_failed(uid, keeper.now_us, why)
+
+        return self.child.begin(member, write, fail)
 
     def turn(self) -> None:
         """One turn of the loop; the disk may end it."""

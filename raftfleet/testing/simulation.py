@@ -27,17 +27,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from raftfleet.core.sending import RETRY_US
 from raftfleet.testing.clients import Call, SimClient
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US
 from raftfleet.testing.linearizability import SearchTooLarge, find_violation, register_model
 from raftfleet.testing.model import Violation
 from raftfleet.testing.profiles import PROFILES, SimulationOptions, options_of
 from raftfleet.testing.schedule import Fault, draw_schedule
+from raftfleet.testing.sim_child import LONGEST_US
 from raftfleet.testing.sim_faults import FaultLayer
 
 SERVE_WITHIN_US = 20 * SECOND_US
 """After healing every group must answer a command and a linearizable query within this: twenty election timeouts, for
 several dead members may have to be replaced first, one change at a time."""
+
+REST_US = 6 * SECOND_US + RETRY_US + LONGEST_US
+"""... and be at rest after this more: a snapshot may have come to nothing at the very end of the faults."""
 
 SETTLE_WITHIN_US = 40 * SECOND_US
 """... and have exactly the members that the operator wants, all equal, within this."""
@@ -206,7 +211,7 @@ class Simulation(FaultLayer):
         for uid in self.group_uids:
             if not self.is_settled(uid):
                 raise Violation(f"liveness: group {uid} did not get the members that are wanted")
-        self.queue.run_until(self.queue.now_us + 6 * SECOND_US)
+        self.queue.run_until(self.queue.now_us + REST_US)
         self._check_rest()
 
     def _probe(self, uid: int) -> tuple[Call, Call]:
