@@ -1,12 +1,16 @@
 """Benchmarks of nodes with data directories; each part is one run of its own, on three nodes on loopback.
 
-    python benchmarks/disk.py [restart] [snapshot] [commands] [--groups 10,1000,5000] [--log-mib 1024] [--state-mib 500]
+    python benchmarks/disk.py [restart] [snapshot] [transfer] [commands]
+                              [--groups 10,1000,5000] [--log-mib 1024] [--state-mib 500]
 
 restart
     All processes of all nodes are killed at once and started again: how long until every group has answered a command.
     With few and many groups, and after so many MiB of commands were written.
 snapshot
     A state of ``--state-mib`` is snapshotted by a forked child under load: latencies before, and while the child works.
+transfer
+    A node of a group with such a state loses all it had and comes back: latencies of commands for a small group of the
+    same workers before, and while the new member is brought up to date; on disks, and in memory.
 commands
     Durable commands beside the same in memory, and beside a bare loop of pwrite and fdatasync of the same bytes into
     preallocated space: what one disk alone could do if each command had its own fdatasync.
@@ -18,7 +22,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +36,7 @@ from raftfleet.testing import LocalFleet
 
 ZONES = {"n1": "z1", "n2": "z2", "n3": "z3"}
 APPS = Path(__file__).parent
-PARTS = ("restart", "snapshot", "commands")
+PARTS = ("restart", "snapshot", "transfer", "commands")
 CHUNK_BYTES = 500_000
 IN_FLIGHT = (1, 16, 64, 256)
 
@@ -180,6 +186,55 @@ def measure_snapshot(mib: int) -> None:
         say(f"snapshot  made: {snapshots(fleet) - made}; longest fork: {fork_ms(fleet):.1f} ms")
 
 
+# -------------------------------------------------------------------- transfer
+
+
+def measure_transfer(mib: int) -> None:
+    for title, durable in (("--data-dir", True), ("in memory", False)):
+        with LocalFleet(durable=durable, app_dirs=[APPS], show_logs=False) as fleet:
+            start(fleet)
+            add_groups(fleet, ["big", "small"], "disk_machines:Shelf")
+            chunk = os.urandom(CHUNK_BYTES)
+            count = (mib << 20) // CHUNK_BYTES
+            leader = fleet.groups()["small"]["leader"]
+            run_dir = fleet.nodes[leader].run_dir
+            asyncio.run(commands(run_dir, (("big", [number, chunk]) for number in range(count)), 4))
+            fleet.wait_until(lambda: not writers(fleet), 300.0, "the snapshots of the filling to be done")
+            before = asyncio.run(commands(run_dir, endless("small"), 16, 10.0))
+            say(f"transfer  {title}: {mib} MiB; before: {len(before) / 10:.0f} commands/s  {quantiles(before)}")
+            lost = next(name for name in fleet.nodes if name not in (leader, fleet.groups()["big"]["leader"]))
+            fleet.kill_node(lost)
+            if durable:
+                shutil.rmtree(fleet.nodes[lost].options["data_dir"] / "shard-0")
+            alone = asyncio.run(commands(run_dir, endless("small"), 16, 5.0))
+            say(f"transfer  {title}: with two of three nodes: {len(alone) / 5:.0f} commands/s  {quantiles(alone)}")
+            terms = {name: row["term"] for name, row in fleet.groups(leader).items()}
+            fleet.restart_node(lost, wait=False)
+            began_s = time.perf_counter()
+            during: list[float] = []
+            while time.perf_counter() - began_s < 240.0 and not has_state(fleet, leader, lost):
+                during += asyncio.run(commands(run_dir, endless("small"), 16, 1.0))
+            took_s = time.perf_counter() - began_s
+            say(f"transfer  {title}: {lost} has it after {took_s:.1f} s")
+            say(f"transfer  {title}: meanwhile: {len(during) / took_s:.0f} commands/s  {quantiles(during)}")
+            kept = {name: row["term"] for name, row in fleet.groups(leader).items()} == terms
+            say(f"transfer  {title}: leaders and terms {'are those of before' if kept else 'changed meanwhile'}")
+
+
+def has_state(fleet: LocalFleet, leader: str, lost: str) -> bool:
+    """Whether the node's member of the large group is a voter again, up to date."""
+    with contextlib.suppress(raftfleet.errors.RaftFleetError), fleet.connect(leader) as client:
+        status = client.status("big")
+        return any(
+            row["node"] == lost
+            and row["role"] == "voter"
+            and row["match"] >= status["commit"]
+            and not row["unresponsive"]
+            for row in status["members"]
+        )
+    return False
+
+
 def endless(name: str) -> Iterable[tuple[str, object]]:
     number = 0
     while True:
@@ -271,6 +326,8 @@ def main() -> None:
         measure_restart([int(count) for count in arguments.groups.split(",") if count], arguments.log_mib)
     if "snapshot" in parts:
         measure_snapshot(arguments.state_mib)
+    if "transfer" in parts:
+        measure_transfer(arguments.state_mib)
     if "commands" in parts:
         measure_commands(arguments.seconds, arguments.rounds)
 
