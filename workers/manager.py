@@ -44,8 +44,8 @@ from raftfleet.node.context import ChildContext, monotonic_us
 from raftfleet.node.disk_watch import DiskWatch
 from raftfleet.node.notify import sd_notify
 from raftfleet.storage.wal import NO_SPACE
+from raftfleet.transport.choose import open_peers
 from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
-from raftfleet.transport.peers import PeerSockets
 from raftfleet.transport.poller import Poller
 from raftfleet.transport.unix import UnixServer
 from raftfleet.transport.unix_client import UnixChannel
@@ -159,15 +159,15 @@ class ManagerProcess:
         self.processes: dict[int, psutil.Process] = {}
         self.poller = Poller()
         self.poller.watch_signals(self._on_signal, signal.SIGTERM)
-        self.peers = PeerSockets(
+        self.peers = open_peers(
+            config.peer_transport,
             address_instance(config.bind),
             *config.bind,
+            self.poller,
             keys=self.keys,
             allowed_keys=allowed,
             accept_without_fleet=lambda frame: True,
         )
-        for fd in self.peers.fds():
-            self.poller.register(fd, _nothing)
         self.shards = [self._channel(index) for index in range(context.shard_count)]
         self.clients = UnixServer(
             rundir.control_socket(config.run_dir),
@@ -224,12 +224,12 @@ class ManagerProcess:
             self.memory_file.remove()
 
     def _iterate(self) -> None:
-        self.poller.wait(0 if self.peers.pending() else self._timeout_us())
+        self.poller.wait(0 if self.peers.is_woken else self._timeout_us())
         now_us = monotonic_us()
         for _, messages in self.peers.receive():
             for message in messages:
                 self.core.receive(now_us, message)
-        for instance in self.peers.check_handshakes():
+        for instance in self.peers.tend(now_us):
             self._try_next_key(instance)
         for channel in self.shards:
             channel.tick(now_us)
@@ -250,7 +250,7 @@ class ManagerProcess:
         self._carry_out(now_us)
 
     def _timeout_us(self) -> int:
-        deadlines = [self.core.next_deadline_us(), self.sweep_us]
+        deadlines = [self.core.next_deadline_us(), self.sweep_us, self.peers.next_tend_us()]
         deadlines.extend(d for channel in self.shards if (d := channel.next_deadline_us()) is not None)
         return max(0, min(deadlines) - monotonic_us())
 
@@ -407,8 +407,6 @@ class ManagerProcess:
         for channel in self.shards:
             channel.close()
         self.clients.close()
-        for fd in self.peers.fds():
-            self.poller.unregister(fd)
         self.peers.close()
         self.poller.close()
 
@@ -421,10 +419,6 @@ def _node_keys(config: NodeConfig) -> tuple[NodeKeys | None, frozenset[str]]:
 
 def _wall_us() -> int:
     return time.time_ns() // 1000
-
-
-def _nothing(_mask: int) -> None:
-    """ZeroMQ's descriptor only wakes the loop; the loop drains the socket."""
 
 
 def main(context: ChildContext) -> None:

@@ -38,8 +38,8 @@ from raftfleet.node.leader_table import RegionWriter
 from raftfleet.node.machines import MachineLoader
 from raftfleet.storage.base import RecoveredShard, StorageLocked, StoragePoisoned
 from raftfleet.storage.keeper import Keeper, load_state, open_keeper
+from raftfleet.transport.choose import open_peers
 from raftfleet.transport.curve import NodeKeys, load_public_keys, load_secret_key
-from raftfleet.transport.peers import PeerSockets
 from raftfleet.transport.poller import Poller
 from raftfleet.transport.unix import UnixServer
 from raftfleet.transport.unix_client import UnixChannel
@@ -83,7 +83,9 @@ class Worker:
         self.poller = Poller()
         self.stopping_us = 0
         self.poller.watch_signals(self._on_signal, signal.SIGTERM)
-        self.peers = PeerSockets(self.instance, host_name, port, keys=keys, allowed_keys=allowed)
+        self.peers = open_peers(
+            config.peer_transport, self.instance, host_name, port, self.poller, keys=keys, allowed_keys=allowed
+        )
         self.host = Host(
             self.instance,
             HostSettings(
@@ -109,8 +111,6 @@ class Worker:
             group=config.socket_group,
             on_disconnect=self.host.on_disconnect,
         )
-        for fd in self.peers.fds():
-            self.poller.register(fd, self.peers.wake)
         self.feed: UnixChannel | None = None
         self.pushes: list[list[Any]] = []
         if context.index != 0:
@@ -240,12 +240,13 @@ class Worker:
                 host.on_client_request(connection, request)
         if now_us >= deadline_us:
             host.tick()
-            peers.check_handshakes()
+            peers.tend(now_us)
         if self.feed is not None:
             self.feed.tick(now_us)
         if now_us >= self.sweep_us:
             self.sweep_us = now_us + WAIT_US_MAX
             self.clients.sweep(now_us)
+            peers.tend(now_us)
             if self.table is not None:
                 self.table.follow()
             self._care_for_garbage(now_us)
@@ -328,7 +329,7 @@ class Worker:
 
     def _deadline_us(self) -> int:
         """When the loop has something to do even if nothing comes."""
-        deadline_us = min(self.host.next_deadline_us(), self.sweep_us)
+        deadline_us = min(self.host.next_deadline_us(), self.sweep_us, self.peers.next_tend_us())
         if self.feed is not None:
             feed_us = self.feed.next_deadline_us()
             if feed_us is not None and feed_us < deadline_us:
@@ -340,9 +341,9 @@ class Worker:
         return deadline_us
 
     def _wait_for_queues(self) -> None:
-        """The last frames (who leads no more) are with ZeroMQ: give its thread a moment to write them."""
+        """The last frames say who leads no more: give ZeroMQ's thread, or a slow peer, a moment to take them."""
         deadline_us = monotonic_us() + 50_000
-        while monotonic_us() < deadline_us:
+        while not self.peers.is_flushed() and monotonic_us() < deadline_us:
             self.poller.wait(deadline_us - monotonic_us())
 
     def close(self) -> None:
@@ -355,8 +356,6 @@ class Worker:
         if self.feed is not None:
             self.feed.close()
         self.clients.close()
-        for fd in self.peers.fds():
-            self.poller.unregister(fd)
         self.peers.close()
         if self.table is not None:
             self.table.close()
@@ -442,8 +441,10 @@ class Worker:
             return
         self._set_alarm()
         shard = self.host.shard
+        self.peers.look()
         received = self.peers.receive(256)  # what is more than that leaves ``is_woken`` set
         now_us = monotonic_us()  # after they came: see _iterate
+        self.peers.tend(now_us)
         for sender, messages in received:
             rest = shard.pulse(now_us, sender, messages)
             if rest:

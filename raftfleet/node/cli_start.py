@@ -101,6 +101,13 @@ def _start_option(*names: str, help: str, envvar: str, **attributes: Any) -> Cal
     help="Public keys of all nodes of the fleet.",
 )
 @_start_option(
+    "--transport",
+    envvar="RAFTFLEET_TRANSPORT",
+    type=click.Choice(["auto", "zeromq", "tcp"], case_sensitive=False),
+    help="What nodes speak to each other; all nodes of a fleet the same. Default: auto, which is zeromq (encrypted) "
+    "with CURVE keys and tcp (faster) without.",
+)
+@_start_option(
     "--node-purge-failure-time-window",
     "node_purge_failure_time_window_s",
     type=float,

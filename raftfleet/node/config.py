@@ -36,6 +36,7 @@ Address = tuple[str, int]
 DEFAULT_BIND: Address = ("127.0.0.1", 7400)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+TRANSPORTS = ("auto", "zeromq", "tcp")
 WORKERS_MAX = 1024  # slots of the leader table are laid out per worker; far above the CPUs of one machine
 NAME_BYTES_MAX = 255
 
@@ -62,6 +63,7 @@ class NodeConfig:
         insecure: allow a bind that is not loopback without CURVE keys.
         curve_secret_file: this node's key pair (see docs/operations.md); None: no encryption.
         curve_public_keys_file: public keys of all nodes of the fleet.
+        transport: what nodes speak to each other; all nodes of a fleet the same. auto: tcp without keys, zeromq with.
         node_purge_failure_time_window_s: a node unreachable for longer is removed, as in raft_fleet (10 min: longer
             than a reboot, shorter than an operator's sleep).
         beat_interval_s: time between beats on each link. 0.2: an election timeout of 1 s then misses five of them.
@@ -81,6 +83,7 @@ class NodeConfig:
     insecure: bool = False
     curve_secret_file: Path | None = None
     curve_public_keys_file: Path | None = None
+    transport: str = "auto"
     node_purge_failure_time_window_s: float = 600.0
     beat_interval_s: float = 0.2
     log_level: str = "info"
@@ -92,17 +95,24 @@ class NodeConfig:
 
     @property
     def endpoint(self) -> str:
-        """The manager's ZeroMQ endpoint."""
+        """Where the manager listens for other nodes."""
         return endpoint(self.bind)
 
     def shard_address(self, index: int) -> Address:
-        """Host and port of shard ``index``'s ROUTER."""
+        """Host and port where shard ``index`` listens for other nodes."""
         return self.bind[0], self.bind[1] + 1 + index
 
     @property
     def is_secured(self) -> bool:
         """Whether links between nodes are encrypted and authenticated."""
         return self.curve_secret_file is not None
+
+    @property
+    def peer_transport(self) -> str:
+        """``"tcp"`` or ``"zeromq"``: what :attr:`transport` comes to."""
+        if self.transport != "auto":
+            return self.transport
+        return "zeromq" if self.is_secured else "tcp"
 
     def validate(self) -> NodeConfig:
         """Return itself, or raise ConfigError with the field and the reason. Looks at no file; see check_files."""
@@ -116,10 +126,16 @@ class NodeConfig:
         _check_range("beat_interval_s", self.beat_interval_s, 0.005, 60.0)
         _check_choice("log_level", self.log_level, LOG_LEVELS)
         _check_choice("log_format", self.log_format, LOG_FORMATS)
+        _check_choice("transport", self.transport, TRANSPORTS)
         self._check_addresses()
         self._check_paths()
         if (self.curve_secret_file is None) != (self.curve_public_keys_file is None):
             raise ConfigError("curve_secret_file and curve_public_keys_file go together: one is missing")
+        if self.is_secured and self.transport == "tcp":
+            raise ConfigError(
+                "transport: tcp encrypts nothing and checks no keys, but CURVE keys are given: leave --transport out, "
+                "or the keys"
+            )
         if not (self.is_secured or self.insecure or is_loopback(self.bind[0])):
             raise ConfigError(
                 f"bind: {self.bind[0]} can be reached from other machines and there are no CURVE keys: give "
@@ -310,6 +326,7 @@ SOURCES: tuple[Source, ...] = (
     _source("insecure", _yes_or_no),
     _source("curve-secret-file", _path),
     _source("curve-public-keys-file", _path),
+    _source("transport", lambda value: _text(value).lower()),
     _source("node-purge-failure-time-window", _number, "node_purge_failure_time_window_s"),
     _source("beat-interval", _number, "beat_interval_s"),
     _source("log-level", lambda value: _text(value).lower()),

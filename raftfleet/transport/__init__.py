@@ -1,1 +1,1 @@
-"""ZeroMQ sockets between nodes, and CURVE keys."""
+"""Sockets between nodes, plain TCP or ZeroMQ with CURVE keys, and Unix sockets for local clients."""

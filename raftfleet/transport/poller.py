@@ -1,4 +1,4 @@
-"""One epoll for everything a process waits for: Unix sockets, ZeroMQ's descriptors, signals.
+"""One epoll for everything a process waits for: Unix sockets, TCP sockets, ZeroMQ's descriptors, signals.
 
 Handlers are called from :meth:`Poller.wait`, in the process's one thread, and must not block. epoll is level-triggered
 here: a handler that leaves something unread is called again. ZeroMQ's descriptors are the exception, for they become
@@ -13,7 +13,7 @@ from __future__ import annotations
 import select
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import FrameType
 from typing import Any
 
@@ -65,6 +65,13 @@ class Poller:
                 handler(mask)
                 called += 1
         return called
+
+    def look(self, fds: Container[int]) -> None:
+        """Call the handlers of ``fds`` for what is ready now; a later :meth:`wait` calls the others."""
+        for fd, mask in self._epoll.poll(0):
+            handler = self._handlers.get(fd) if fd in fds else None
+            if handler is not None:
+                handler(mask)
 
     def watch_signals(self, handler: Callable[[int], None], *signal_numbers: int) -> None:
         """From now on these signals end a wait, and ``handler`` is called with the number. Main thread only."""

@@ -33,8 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raftfleet.transport.base import monotonic_us
 from raftfleet.transport.errors import ListenError
-from raftfleet.transport.peers import monotonic_us
 from raftfleet.transport.poller import READ, WRITE, Poller
 from raftfleet.transport.ratelimit import LimitedLog
 from raftfleet.wire import ipc

@@ -21,7 +21,7 @@ from raftfleet.fleet.founding import Memory
 from raftfleet.fleet.machine import FleetState
 from raftfleet.storage import records, scan
 from raftfleet.testing.fleet import SimFleet
-from raftfleet.wire import codec, ipc
+from raftfleet.wire import codec, ipc, stream
 from raftfleet.wire.errors import WireError
 
 
@@ -149,6 +149,27 @@ def _stream(data: bytes) -> Any:
         at += size
 
 
+def _node_stream(data: bytes) -> Any:
+    """A stream between nodes, cut anywhere: the greeting, then frames."""
+    rng = random.Random(len(data))
+    greeting, decoder, at = bytearray(), None, 0
+    while at < len(data):
+        size = rng.randrange(1, 40)
+        piece = data[at : at + size]
+        at += size
+        if decoder is None:
+            missing = stream.GREETING_BYTES - len(greeting)
+            greeting += piece[:missing]
+            if stream.read_greeting(greeting) is None:
+                continue
+            decoder, piece = stream.StreamDecoder(1 << 20), piece[missing:]
+        for frame in decoder.feed(memoryview(piece)):
+            codec.decode_frame(frame)
+        if decoder.error is not None:
+            raise decoder.error
+        assert decoder.pending_bytes <= len(data)
+
+
 def _replies(data: bytes) -> Any:
     for frame in ipc.FrameReader().feed(data):
         for item in frame:
@@ -205,6 +226,12 @@ def targets() -> dict[str, Target]:
     length = struct.Struct(">I")
     return {
         "frame between nodes": Target(codec.decode_frame, (WireError,), [FRAME]),
+        "stream between nodes": Target(
+            _node_stream,
+            (WireError,),
+            [stream.pack_greeting(7) + 2 * (stream.pack_length(len(FRAME)) + FRAME), stream.pack_greeting(2**63 - 1)],
+            False,
+        ),
         "stream of a client": Target(_stream, (WireError,), [ipc.pack_frame(REQUESTS)], False),
         "requests of a client": Target(
             lambda data: _stream(length.pack(len(data)) + data), (WireError,), [msgpack.packb(REQUESTS)]

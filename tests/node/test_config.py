@@ -60,6 +60,7 @@ def test_every_field_can_be_given_by_flag_variable_and_file(tmp_path: Path) -> N
         "insecure": "yes",
         "curve-secret-file": str(secret),
         "curve-public-keys-file": str(secret),
+        "transport": "zeromq",
         "node-purge-failure-time-window": "30",
         "beat-interval": "0.1",
         "log-level": "debug",
@@ -86,6 +87,15 @@ def test_lists_may_be_lists(tmp_path: Path) -> None:
 def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load({"run_dir": "here", "app_dirs": ["."]}, {}).run_dir == tmp_path / "here"
+
+
+def test_nodes_with_keys_speak_zeromq_and_others_plain_tcp_unless_told() -> None:
+    def transport(**fields: Any) -> str:
+        return NodeConfig(name="n", run_dir=Path("/tmp/r"), workers=1, **fields).validate().peer_transport
+
+    keys = {"curve_secret_file": Path("/tmp/x"), "curve_public_keys_file": Path("/tmp/y")}
+    assert transport() == transport(transport="tcp") == "tcp"
+    assert transport(transport="zeromq") == transport(**keys) == transport(transport="zeromq", **keys) == "zeromq"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,11 @@ def test_relative_paths_are_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         ({"node_purge_failure_time_window_s": 0}, "node_purge_failure_time_window_s: from 1"),
         ({"log_level": "loud"}, "log_level: one of debug"),
         ({"log_format": "xml"}, "log_format: one of text, json"),
+        ({"transport": "udp"}, "transport: one of auto, zeromq, tcp"),
+        (
+            {"transport": "tcp", "curve_secret_file": "/tmp/x", "curve_public_keys_file": "/tmp/y"},
+            "leave --transport out, or the keys",
+        ),
         ({"insecure": "perhaps"}, "--insecure: yes or no"),
         ({"app_dirs": ["/no/such/folder"]}, "app_dirs: /no/such/folder is not a folder"),
         ({"run_dir": "/tmp/" + "d" * 100}, "choose a shorter --run-dir"),

@@ -1,153 +1,91 @@
-"""PeerSockets on loopback: real ZeroMQ on both sides, and strangers with garbage."""
+"""Both transports on loopback: real sockets on both sides, and strangers with garbage."""
 
 from __future__ import annotations
 
-import os
+import errno
 import random
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
 import pytest
 import zmq
+from transport.world import (
+    FLEET,
+    OTHER_FLEET,
+    PATIENCE_S,
+    Stranger,
+    World,
+    beat,
+    counted,
+    port_of,
+    receive_until,
+    send_until_taken,
+)
 
 from raftfleet.core import messages as m
 from raftfleet.transport import peers as peers_module
+from raftfleet.transport.base import Peers, is_endpoint
 from raftfleet.transport.curve import generate_keys
 from raftfleet.transport.errors import ListenError
-from raftfleet.transport.peers import PeerSockets, is_endpoint
-from raftfleet.transport.poller import Poller
+from raftfleet.transport.peers import PeerSockets
 from raftfleet.wire.codec import Frame, FrameLimits, encode_frame
-
-FLEET = bytes(range(16))
-OTHER_FLEET = bytes(reversed(range(16)))
-PATIENCE_S = 60.0
+from raftfleet.wire.stream import pack_greeting
 
 
-def beat(seq: int) -> m.Beat:
-    return m.Beat(m.BEAT, seq, 7, 8)
-
-
-@pytest.fixture
-def peers() -> Iterator[Callable[..., PeerSockets]]:
-    """Makes PeerSockets on loopback, in FLEET; closes them, and finds descriptors and threads that stay behind."""
-    fds_before, threads_before = set(os.listdir("/proc/self/fd")), set(os.listdir("/proc/self/task"))
-    made = []
-
-    def make(instance: int, *, port: int = 0, fleet: bytes = FLEET, **options: Any) -> PeerSockets:
-        sockets = PeerSockets(instance, "127.0.0.1", port, **options)
-        sockets.set_fleet(fleet)
-        made.append(sockets)
-        return sockets
-
-    yield make
-    for sockets in made:
-        sockets.close()
-    assert len(set(os.listdir("/proc/self/fd"))) <= len(fds_before)
-    assert set(os.listdir("/proc/self/task")) <= threads_before
-
-
-@pytest.fixture
-def raw() -> Iterator[Callable[..., zmq.Socket[bytes]]]:
-    """Makes bare DEALERs that are connected to an endpoint: strangers."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-
-    def make(endpoint: str, **options: Any) -> zmq.Socket[bytes]:
-        dealer = context.socket(zmq.DEALER)
-        dealer.set(zmq.LINGER, 0)
-        for name, value in options.items():
-            dealer.set(getattr(zmq, name), value)
-        dealer.connect(endpoint)
-        return dealer
-
-    yield make
-    context.destroy(linger=0)
-
-
-def send_until_taken(sender: PeerSockets, instance: int, messages: list[Any]) -> None:
-    """A connection takes a moment; until it is there, sends are refused."""
-    give_up = time.monotonic() + PATIENCE_S
-    while not sender.send(instance, messages):
-        assert time.monotonic() < give_up, "never connected"
-        select.select([], [], [], 0.002)
-
-
-def receive_until(receiver: PeerSockets, done: Callable[[list[Any]], bool], *others: PeerSockets) -> list[Any]:
-    """Receive by the rules (drain, then wait for the descriptors) until ``done``; others only answer ZeroMQ."""
-    received: list[Any] = []
-    give_up = time.monotonic() + PATIENCE_S
-    poller = Poller()
-    for sockets in (receiver, *others):
-        for fd in sockets.fds():
-            poller.register(fd, lambda _mask: None)
-    try:
-        while True:
-            received += receiver.receive()
-            for other in others:
-                other.receive()
-            if done(received):
-                return received
-            assert time.monotonic() < give_up, (received, receiver.counters)
-            if not receiver.pending():
-                poller.wait(100_000)
-    finally:
-        poller.close()
-
-
-def counted(receiver: PeerSockets, name: str, count: int = 1) -> Callable[[list[Any]], bool]:
-    return lambda _received: receiver.counters[name] >= count
-
-
-def test_two_processes_exchange_frames_in_order(peers: Callable[..., PeerSockets]) -> None:
+def test_two_processes_exchange_frames_in_order(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b = peers(1), peers(2)
     assert a.set_address(2, b.endpoint)
     assert b.set_address(1, a.endpoint)
-    send_until_taken(a, 2, [beat(0)])
+    send_until_taken(world, a, 2, [beat(0)])
     for seq in range(1, 100):
         assert a.send(2, [beat(seq), beat(seq)])
-    received = receive_until(b, lambda got: len(got) == 100)
+    received = receive_until(world, b, lambda got: len(got) == 100)
     assert [sender for sender, _ in received] == [1] * 100
     assert [messages[0].seq for _, messages in received] == list(range(100))
     assert type(received[0][1][0]) is m.Beat
-    send_until_taken(b, 1, [beat(5)])
-    assert receive_until(a, bool) == [(2, [beat(5)])]
+    send_until_taken(world, b, 1, [beat(5)])
+    assert receive_until(world, a, bool) == [(2, [beat(5)])]
     assert a.counters["frames_sent"] == 100 == b.counters["frames_received"]
 
 
-def test_a_budget_leaves_the_rest_pending(peers: Callable[..., PeerSockets]) -> None:
+def test_a_budget_leaves_the_rest_pending(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b = peers(1), peers(2)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(0)])
+    send_until_taken(world, a, 2, [beat(0)])
     for seq in range(1, 20):
         assert a.send(2, [beat(seq)])
     got: list[Any] = []
     while len(got) < 20:
+        world.turn(0)
         part = b.receive(budget_frames=3)
         assert len(part) <= 3
         got += part
     assert not b.pending()
 
 
-def test_nothing_is_lost_between_the_descriptor_and_events(peers: Callable[..., PeerSockets]) -> None:
+def test_nothing_is_lost_between_the_descriptor_and_events(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b = peers(1), peers(2)
     a.set_address(2, b.endpoint)
     b.set_address(1, a.endpoint)
-    send_until_taken(a, 2, [beat(0)])
-    receive_until(b, bool)
-    send_until_taken(b, 1, [beat(0)])
-    receive_until(a, bool)
+    send_until_taken(world, a, 2, [beat(0)])
+    receive_until(world, b, bool)
+    send_until_taken(world, b, 1, [beat(0)])
+    receive_until(world, a, bool)
     for seq in range(500):  # there and back, each side waiting on its descriptor alone; a lost wake-up would hang
         assert a.send(2, [beat(seq)])
-        assert receive_until(b, bool) == [(1, [beat(seq)])]
+        assert receive_until(world, b, bool) == [(1, [beat(seq)])]
         assert b.send(1, [beat(seq)])
-        assert receive_until(a, bool) == [(2, [beat(seq)])]
+        assert receive_until(world, a, bool) == [(2, [beat(seq)])]
 
 
-def test_sending_without_an_address_or_to_a_dead_peer_is_false_and_immediate(peers: Callable[..., PeerSockets]) -> None:
+def test_sending_without_an_address_or_to_a_dead_peer_is_false_and_immediate(
+    world: World, peers: Callable[..., Peers[Any]]
+) -> None:
     a = peers(1)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -162,112 +100,122 @@ def test_sending_without_an_address_or_to_a_dead_peer_is_false_and_immediate(pee
 
 
 def test_nothing_queues_while_a_peer_is_away_and_its_next_life_refuses_frames_for_the_former(
-    peers: Callable[..., PeerSockets],
+    world: World,
+    peers: Callable[..., Peers[Any]],
 ) -> None:
     a, b = peers(1), peers(2)
-    port = int(b.endpoint.rpartition(":")[2])
+    port = port_of(b.endpoint)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(1)])
-    receive_until(b, bool)
+    send_until_taken(world, a, 2, [beat(1)])
+    receive_until(world, b, bool)
     b.close()
     give_up = time.monotonic() + PATIENCE_S
-    while a.send(2, [beat(2)]):  # until ZeroMQ has noticed
+    while a.send(2, [beat(2)]):  # until it is noticed
         assert time.monotonic() < give_up
-        select.select([], [], [], 0.002)
+        world.turn()
     again = peers(3, port=port)
-    send_until_taken(a, 2, [beat(3)])  # the same address, the former instance
-    assert receive_until(again, counted(again, "refused: other instance")) == []
+    send_until_taken(world, a, 2, [beat(3)])  # the same address, the former instance
+    assert receive_until(world, again, counted(again, "refused: other instance")) == []
     assert a.set_address(3, again.endpoint)
     a.forget(2)
-    send_until_taken(a, 3, [beat(4)])
-    assert receive_until(again, bool) == [(1, [beat(4)])]
+    send_until_taken(world, a, 3, [beat(4)])
+    assert receive_until(world, again, bool) == [(1, [beat(4)])]
     assert a.instances() == [3] and a.address(3) == again.endpoint and a.address(2) is None
 
 
-def test_a_full_queue_drops_without_blocking(peers: Callable[..., PeerSockets]) -> None:
+def test_a_full_queue_drops_without_blocking(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b = peers(1, send_queue_frames_max=8), peers(2)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(1)])
+    send_until_taken(world, a, 2, [beat(1)])
     big = m.Append(m.APPEND, 1, 2, 3, 4, 5, 6, 7, [m.Entry(1, 1, bytes(1 << 20))])
     dropped = a.counters["dropped: queue full or peer away"]
     sent = 0
-    while a.send(2, [big]):  # faster than ZeroMQ's thread, or nobody receives: one of the queues is full
+    while a.send(2, [big]):  # nobody receives, so that one of the queues gets full
         sent += 1
         assert sent < 2000
     assert sent >= 4
     assert a.counters["dropped: queue full or peer away"] == dropped + 1
-    got = receive_until(b, lambda received: len(received) >= sent + 1)
+    got = receive_until(world, b, lambda received: len(received) >= sent + 1)
     assert len(got) == sent + 1  # what was taken arrives
-    send_until_taken(a, 2, [beat(9)])
-    assert receive_until(b, bool) == [(1, [beat(9)])]
+    send_until_taken(world, a, 2, [beat(9)])
+    assert receive_until(world, b, bool) == [(1, [beat(9)])]
 
 
-def test_too_large_a_frame_is_not_sent(peers: Callable[..., PeerSockets]) -> None:
+def test_too_large_a_frame_is_not_sent(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b = peers(1, limits=FrameLimits(frame_bytes_max=1000)), peers(2)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(1)])
+    send_until_taken(world, a, 2, [beat(1)])
     assert not a.send(2, [m.Append(m.APPEND, 1, 2, 3, 4, 5, 6, 7, [m.Entry(1, 1, bytes(1000))])])
     assert a.counters["dropped: too large"] == 1
 
 
 def test_garbage_frames_are_counted_and_the_next_good_one_arrives(
-    peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+    world: World, peers: Callable[..., Peers[Any]], stranger: Callable[[str], Stranger]
 ) -> None:
     b = peers(2)
-    stranger = raw(b.endpoint)
+    one = stranger(b.endpoint)
     rng = random.Random(3)
     for _ in range(200):
-        stranger.send(rng.randbytes(rng.randrange(300)))
-    stranger.send(b"")
-    stranger.send_multipart([b"a", b"b", b"c"])
-    stranger.send(encode_frame(FLEET, 1, 2, [beat(1)]))
-    assert receive_until(b, bool) == [(1, [beat(1)])]
+        one.send(rng.randbytes(rng.randrange(300)))
+    one.send(b"")
+    one.send(encode_frame(FLEET, 1, 2, [beat(1)]))
+    assert receive_until(world, b, bool) == [(1, [beat(1)])]
     refused = sum(count for name, count in b.counters.items() if name.startswith("refused: "))
-    assert refused == 202
-    assert b.counters["refused: more than one part"] == 1
+    assert refused == 201
 
 
 def test_other_fleet_other_protocol_and_other_instance_are_refused_and_counted(
-    peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+    world: World, peers: Callable[..., Peers[Any]], stranger: Callable[[str], Stranger]
 ) -> None:
     told: list[Frame] = []
     b = peers(2, on_other_fleet=told.append)
-    stranger = raw(b.endpoint)
-    stranger.send(encode_frame(OTHER_FLEET, 1, 2, [beat(1)]))
-    stranger.send(msgpack.packb([2, FLEET, 1, 2, []]))
-    stranger.send(encode_frame(FLEET, 1, 99, [beat(1)]))
-    stranger.send(encode_frame(bytes(16), 1, 2, [beat(1)]))
-    stranger.send(encode_frame(FLEET, 1, 0, [beat(2)]))
-    assert receive_until(b, bool) == [(1, [beat(2)])]
+    one = stranger(b.endpoint)
+    one.send(encode_frame(OTHER_FLEET, 1, 2, [beat(1)]))
+    one.send(msgpack.packb([2, FLEET, 1, 2, []]))
+    one.send(encode_frame(FLEET, 1, 99, [beat(1)]))
+    one.send(encode_frame(bytes(16), 1, 2, [beat(1)]))
+    one.send(encode_frame(FLEET, 1, 0, [beat(2)]))
+    assert receive_until(world, b, bool) == [(1, [beat(2)])]
     for reason in ("other fleet", "other protocol", "other instance", "no fleet"):
         assert b.counters[f"refused: {reason}"] == 1, reason
     assert [frame.fleet for frame in told] == [OTHER_FLEET]
 
 
 def test_who_is_in_no_fleet_yet_is_let_in_by_the_predicate_alone(
-    peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+    world: World, peers: Callable[..., Peers[Any]], stranger: Callable[[str], Stranger]
 ) -> None:
     b = peers(2, fleet=bytes(16), accept_without_fleet=lambda frame: frame.from_instance == 1)
-    stranger = raw(b.endpoint)
-    stranger.send(encode_frame(bytes(16), 5, 2, [beat(1)]))
-    stranger.send(encode_frame(bytes(16), 1, 2, [beat(2)]))
-    stranger.send(encode_frame(OTHER_FLEET, 1, 2, [beat(3)]))
-    got = receive_until(b, lambda received: len(received) == 2)
+    one = stranger(b.endpoint)
+    one.send(encode_frame(bytes(16), 5, 2, [beat(1)]))
+    one.send(encode_frame(bytes(16), 1, 2, [beat(2)]))
+    one.send(encode_frame(OTHER_FLEET, 1, 2, [beat(3)]))
+    got = receive_until(world, b, lambda received: len(received) == 2)
     assert [messages for _, messages in got] == [[beat(2)], [beat(3)]]
     b.set_fleet(FLEET)
-    stranger.send(encode_frame(bytes(16), 1, 2, [beat(4)]))
-    stranger.send(encode_frame(OTHER_FLEET, 1, 2, [beat(5)]))
-    stranger.send(encode_frame(FLEET, 5, 2, [beat(6)]))
-    assert receive_until(b, lambda received: len(received) == 2) == [(1, [beat(4)]), (5, [beat(6)])]
+    one.send(encode_frame(bytes(16), 1, 2, [beat(4)]))
+    one.send(encode_frame(OTHER_FLEET, 1, 2, [beat(5)]))
+    one.send(encode_frame(FLEET, 5, 2, [beat(6)]))
+    assert receive_until(world, b, lambda received: len(received) == 2) == [(1, [beat(4)]), (5, [beat(6)])]
 
 
-def test_a_frame_of_100_mb_ends_its_connection_unread(peers: Callable[..., PeerSockets]) -> None:
-    a, b = peers(1), peers(2)
+def test_a_message_of_several_parts_is_refused(
+    world: World, zmq_peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+) -> None:
+    b = zmq_peers(2)
+    stranger = raw(b.endpoint)
+    stranger.send_multipart([b"a", b"b", b"c"])
+    stranger.send(encode_frame(FLEET, 1, 2, [beat(1)]))
+    assert receive_until(world, b, bool) == [(1, [beat(1)])]
+    assert b.counters["refused: more than one part"] == 1
+
+
+def test_a_frame_of_100_mb_ends_its_connection_unread(world: World, zmq_peers: Callable[..., PeerSockets]) -> None:
+    a, b = zmq_peers(1), zmq_peers(2)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(1)])
-    receive_until(b, bool)
+    send_until_taken(world, a, 2, [beat(1)])
+    receive_until(world, b, bool)
     before = _rss_bytes()
-    with socket.create_connection(("127.0.0.1", int(b.endpoint.rpartition(":")[2]))) as stranger:
+    with socket.create_connection(("127.0.0.1", port_of(b.endpoint))) as stranger:
         stranger.settimeout(PATIENCE_S)
         stranger.sendall(b"\xff" + bytes(8) + b"\x7f\x03\0" + b"NULL".ljust(20, b"\0") + bytes(32))
         ready = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
@@ -281,7 +229,7 @@ def test_a_frame_of_100_mb_ends_its_connection_unread(peers: Callable[..., PeerS
         assert stranger.recv(1) == b"\x04"  # the other side's READY
         small = encode_frame(FLEET, 5, 2, [beat(5)])
         stranger.sendall(b"\x00" + bytes([len(small)]) + small)
-        assert receive_until(b, bool) == [(5, [beat(5)])]  # the hand-made connection is a good one until now
+        assert receive_until(world, b, bool) == [(5, [beat(5)])]  # the hand-made connection is a good one until now
         stranger.sendall(b"\x02" + struct.pack(">Q", 100 << 20))
         with pytest.raises(OSError):
             for _ in range(100):
@@ -289,18 +237,18 @@ def test_a_frame_of_100_mb_ends_its_connection_unread(peers: Callable[..., PeerS
     assert _rss_bytes() - before < 50 << 20
     for seq in range(20):
         assert a.send(2, [beat(seq)])
-    assert len(receive_until(b, lambda received: len(received) == 20)) == 20
+    assert len(receive_until(world, b, lambda received: len(received) == 20)) == 20
 
 
 def test_a_stranger_that_sends_100_mb_over_zeromq_hurts_nobody(
-    peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+    world: World, zmq_peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
 ) -> None:
-    a, b = peers(1), peers(2)
+    a, b = zmq_peers(1), zmq_peers(2)
     a.set_address(2, b.endpoint)
     stranger = raw(b.endpoint)
     stranger.send(bytes(100 << 20))
-    send_until_taken(a, 2, [beat(1)])
-    assert receive_until(b, bool) == [(1, [beat(1)])]
+    send_until_taken(world, a, 2, [beat(1)])
+    assert receive_until(world, b, bool) == [(1, [beat(1)])]
 
 
 def _rss_bytes() -> int:
@@ -316,15 +264,20 @@ def _rss_bytes() -> int:
         b"\xff" * 1000,
         b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\x03\0NULL" + bytes(48) + b"\x04\xff",
         struct.pack(">Q", 2**63) * 10,
+        pack_greeting(5)[:20],
+        pack_greeting(5) + b"\xff" * 100,
+        pack_greeting(5).replace(b" 01 ", b" 99 "),
     ],
 )
-def test_a_raw_tcp_connection_with_garbage_hurts_nobody(peers: Callable[..., PeerSockets], sent: bytes) -> None:
+def test_a_raw_tcp_connection_with_garbage_hurts_nobody(
+    world: World, peers: Callable[..., Peers[Any]], sent: bytes
+) -> None:
     a, b = peers(1), peers(2)
-    with socket.create_connection(("127.0.0.1", int(b.endpoint.rpartition(":")[2]))) as stranger:
+    with socket.create_connection(("127.0.0.1", port_of(b.endpoint))) as stranger:
         stranger.sendall(sent)
         a.set_address(2, b.endpoint)
-        send_until_taken(a, 2, [beat(1)])
-        assert receive_until(b, bool) == [(1, [beat(1)])]
+        send_until_taken(world, a, 2, [beat(1)])
+        assert receive_until(world, b, bool) == [(1, [beat(1)])]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +295,7 @@ def test_a_raw_tcp_connection_with_garbage_hurts_nobody(peers: Callable[..., Pee
         ],
     ],
 )
-def test_an_endpoint_of_another_shape_is_refused(peers: Callable[..., PeerSockets], endpoint: str) -> None:
+def test_an_endpoint_of_another_shape_is_refused(world: World, peers: Callable[..., Peers[Any]], endpoint: str) -> None:
     a = peers(1)
     assert not is_endpoint(endpoint)
     assert not a.set_address(2, endpoint)
@@ -360,43 +313,43 @@ def test_endpoints_of_the_usual_shapes_are_taken() -> None:
         assert is_endpoint(endpoint), endpoint
 
 
-def test_a_taken_address_is_a_listen_error(peers: Callable[..., PeerSockets]) -> None:
+def test_a_taken_address_is_a_listen_error(world: World, peers: Callable[..., Peers[Any]]) -> None:
     b = peers(2)
     with pytest.raises(ListenError, match="in use") as caught:
-        peers(3, port=int(b.endpoint.rpartition(":")[2]))
-    assert caught.value.errno == zmq.EADDRINUSE
+        peers(3, port=port_of(b.endpoint))
+    assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_an_address_that_moves_is_followed(peers: Callable[..., PeerSockets]) -> None:
+def test_an_address_that_moves_is_followed(world: World, peers: Callable[..., Peers[Any]]) -> None:
     a, b, c = peers(1), peers(2), peers(2)
     a.set_address(2, b.endpoint)
-    send_until_taken(a, 2, [beat(1)])
-    receive_until(b, bool)
+    send_until_taken(world, a, 2, [beat(1)])
+    receive_until(world, b, bool)
     a.set_address(2, c.endpoint)
-    send_until_taken(a, 2, [beat(2)])
-    assert receive_until(c, bool) == [(1, [beat(2)])]
+    send_until_taken(world, a, 2, [beat(2)])
+    assert receive_until(world, c, bool) == [(1, [beat(2)])]
     assert b.receive() == []
 
 
 # --- CURVE ---
 
 
-def test_listed_keys_are_let_in_and_others_are_not(peers: Callable[..., PeerSockets]) -> None:
+def test_listed_keys_are_let_in_and_others_are_not(world: World, zmq_peers: Callable[..., PeerSockets]) -> None:
     keys_a, keys_b, keys_c = generate_keys(), generate_keys(), generate_keys()
     listed = [keys_a.public_key, keys_b.public_key]
-    a, b = peers(1, keys=keys_a, allowed_keys=listed), peers(2, keys=keys_b, allowed_keys=listed)
+    a, b = zmq_peers(1, keys=keys_a, allowed_keys=listed), zmq_peers(2, keys=keys_b, allowed_keys=listed)
     now_us = [0]
-    stranger = peers(3, keys=keys_c, allowed_keys=[keys_b.public_key], clock_us=lambda: now_us[0])
+    stranger = zmq_peers(3, keys=keys_c, allowed_keys=[keys_b.public_key], clock_us=lambda: now_us[0])
     assert stranger.set_address(2, b.endpoint, keys_b.public_key)
     assert a.set_address(2, b.endpoint, keys_b.public_key)
-    receive_until(b, counted(b, "refused: public key"))
+    receive_until(world, b, counted(b, "refused: public key"))
     assert not stranger.send(2, [beat(1)])
     give_up = time.monotonic() + PATIENCE_S
     while not a.send(2, [beat(2)]):
         assert time.monotonic() < give_up
         b.receive()  # the handshake needs b's loop to answer ZeroMQ's question
-        select.select([], [], [], 0.002)
-    assert receive_until(b, bool) == [(1, [beat(2)])]
+        world.poller.wait(2000)
+    assert receive_until(world, b, bool) == [(1, [beat(2)])]
     b.set_allowed_keys([*listed, keys_c.public_key])
     give_up = time.monotonic() + PATIENCE_S
     while not stranger.send(2, [beat(3)]):  # ZeroMQ gives up on a peer that refused its key; check_handshakes does not
@@ -404,36 +357,36 @@ def test_listed_keys_are_let_in_and_others_are_not(peers: Callable[..., PeerSock
         now_us[0] += peers_module.HANDSHAKE_CHECK_US
         assert stranger.check_handshakes() == []
         b.receive()
-        select.select([], [], [], 0.002)
-    assert receive_until(b, bool) == [(3, [beat(3)])]
+        world.poller.wait(2000)
+    assert receive_until(world, b, bool) == [(3, [beat(3)])]
     assert stranger.counters["refused there: public key"] == 1
 
 
 def test_a_node_with_keys_listens_to_nobody_without(
-    peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
+    world: World, zmq_peers: Callable[..., PeerSockets], raw: Callable[..., zmq.Socket[bytes]]
 ) -> None:
     keys_a, keys_b = generate_keys(), generate_keys()
-    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
-    plain = peers(3)
+    b = zmq_peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    plain = zmq_peers(3)
     plain.set_address(2, b.endpoint)
     stranger = raw(b.endpoint)
     stranger.send(encode_frame(FLEET, 1, 2, [beat(1)]))
-    a = peers(1, keys=keys_a, allowed_keys=[])
+    a = zmq_peers(1, keys=keys_a, allowed_keys=[])
     a.set_address(2, b.endpoint, keys_b.public_key)
     give_up = time.monotonic() + PATIENCE_S
     while not a.send(2, [beat(2)]):
         assert not plain.send(2, [beat(1)])
         assert time.monotonic() < give_up
         assert b.receive() == []
-        select.select([], [], [], 0.002)
-    assert receive_until(b, bool) == [(1, [beat(2)])]
+        world.poller.wait(2000)
+    assert receive_until(world, b, bool) == [(1, [beat(2)])]
 
 
-def test_a_wrong_key_is_told_from_silence(peers: Callable[..., PeerSockets]) -> None:
+def test_a_wrong_key_is_told_from_silence(world: World, zmq_peers: Callable[..., PeerSockets]) -> None:
     keys_a, keys_b, other = generate_keys(), generate_keys(), generate_keys()
     now_us = [0]
-    a = peers(1, keys=keys_a, allowed_keys=[], clock_us=lambda: now_us[0])
-    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    a = zmq_peers(1, keys=keys_a, allowed_keys=[], clock_us=lambda: now_us[0])
+    b = zmq_peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
     assert a.set_address(3, "tcp://127.0.0.1:1", keys_b.public_key)  # nobody is there: no key is wrong
     assert a.set_address(2, b.endpoint, other.public_key)
     give_up = time.monotonic() + PATIENCE_S
@@ -441,7 +394,7 @@ def test_a_wrong_key_is_told_from_silence(peers: Callable[..., PeerSockets]) -> 
         assert time.monotonic() < give_up
         now_us[0] += peers_module.HANDSHAKE_CHECK_US
         b.receive()
-        select.select([], [], [], 0.002)
+        world.poller.wait(2000)
     assert wrong == [2]
     assert a.set_address(2, b.endpoint, keys_b.public_key)
     while not a.send(2, [beat(1)]):
@@ -449,17 +402,18 @@ def test_a_wrong_key_is_told_from_silence(peers: Callable[..., PeerSockets]) -> 
         now_us[0] += peers_module.HANDSHAKE_CHECK_US
         assert a.check_handshakes() == []
         b.receive()
-        select.select([], [], [], 0.002)
-    assert receive_until(b, bool) == [(1, [beat(1)])]
+        world.poller.wait(2000)
+    assert receive_until(world, b, bool) == [(1, [beat(1)])]
 
 
 def test_a_connection_that_is_replaced_while_its_handshake_fails_holds_up_no_other(
-    peers: Callable[..., PeerSockets],
+    world: World,
+    zmq_peers: Callable[..., PeerSockets],
 ) -> None:
     """ZeroMQ's thread once told of a failure where nobody listened any more, and all its connections stood still."""
     keys_a, keys_b = generate_keys(), generate_keys()
-    a = peers(1, keys=keys_a, allowed_keys=[])
-    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    a = zmq_peers(1, keys=keys_a, allowed_keys=[])
+    b = zmq_peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
     for turn in range(300):
         assert a.set_address(2, b.endpoint, generate_keys().public_key)
         select.select([], [], [], 0.0005 * (turn % 5))
@@ -468,14 +422,14 @@ def test_a_connection_that_is_replaced_while_its_handshake_fails_holds_up_no_oth
     while not a.send(2, [beat(1)]):
         assert time.monotonic() < give_up
         b.receive()
-        select.select([], [], [], 0.002)
-    assert receive_until(b, bool) == [(1, [beat(1)])]
+        world.poller.wait(2000)
+    assert receive_until(world, b, bool) == [(1, [beat(1)])]
 
 
-def test_a_node_that_lies_about_its_key_gets_nothing(peers: Callable[..., PeerSockets]) -> None:
+def test_a_node_that_lies_about_its_key_gets_nothing(world: World, zmq_peers: Callable[..., PeerSockets]) -> None:
     keys_a, keys_b, claimed = generate_keys(), generate_keys(), generate_keys()
-    a = peers(1, keys=keys_a, allowed_keys=[])
-    b = peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
+    a = zmq_peers(1, keys=keys_a, allowed_keys=[])
+    b = zmq_peers(2, keys=keys_b, allowed_keys=[keys_a.public_key])
     assert a.set_address(2, b.endpoint, claimed.public_key)
     assert not a.set_address(4, b.endpoint, "no key")
     assert not a.set_address(5, b.endpoint)
@@ -483,4 +437,4 @@ def test_a_node_that_lies_about_its_key_gets_nothing(peers: Callable[..., PeerSo
     for _ in range(50):
         assert not a.send(2, [beat(1)])
         assert b.receive() == []
-        select.select([], [], [], 0.005)
+        world.poller.wait(2000)
