@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if "commands" in arguments.only:
         systems = [ALL[key] for key in arguments.systems]
-        for kind, value in workloads.run_rounds(systems, arguments.rounds, arguments.seconds, quick):
+        for kind, value in workloads.run_rounds(systems, arguments.rounds, arguments.seconds, quick, arguments.rows):
             if kind == "row":
                 result["rows"].append(value)
             else:
@@ -96,6 +96,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", type=words(PARTS), default=list(PARTS), metavar="PART,...", help=", ".join(PARTS))
     parser.add_argument("--systems", type=words(tuple(ALL)), default=list(ALL), metavar="KEY,...", help=", ".join(ALL))
+    rows_help = "only these rows of the commands part, such as command/64/1g/here"
+    parser.add_argument("--rows", type=lambda text: text.split(","), metavar="ROW,...", help=rows_help)
     parser.add_argument("--rounds", type=int, help="of the commands part (default: 3; quick: 1)")
     parser.add_argument("--seconds", type=float, help="of each row in each round (default: 2; quick: 0.3)")
     parser.add_argument("--idle-groups", type=numbers, default=[10, 1000, 10_000, 100_000], metavar="N,...")

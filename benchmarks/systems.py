@@ -138,9 +138,10 @@ class Raftfleet(System):
     title = "raftfleet"
     group_counts = (1, 60, 1000)
     durable = False
+    transport = "auto"
 
     def start(self) -> None:
-        self.fleet = self.stack.enter_context(LocalFleet(show_logs=False))
+        self.fleet = self.stack.enter_context(LocalFleet(show_logs=False, options={"transport": self.transport}))
         try:
             for name in ZONES:
                 options = {"data_dir": str(self.folder())} if self.durable else {}
@@ -208,6 +209,15 @@ class RaftfleetDurable(Raftfleet):
     title = "raftfleet, --data-dir"
     group_counts = (1, 60)
     durable = True
+
+
+class RaftfleetZeromq(Raftfleet):
+    """The same with ZeroMQ between the nodes, as it is with CURVE keys, but not encrypted."""
+
+    key = "raftfleet-zeromq"
+    title = "raftfleet, --transport zeromq"
+    group_counts = (1, 60)
+    transport = "zeromq"
 
 
 def start_defined(fleet: LocalFleet) -> None:
@@ -436,5 +446,6 @@ def need_distribution(name: str) -> None:
 
 
 ALL: dict[str, type[System]] = {
-    system.key: system for system in (Echo, Raftfleet, RaftfleetDurable, PySyncObj, Nats, NatsDisk, Etcd)
+    system.key: system
+    for system in (Echo, Raftfleet, RaftfleetZeromq, RaftfleetDurable, PySyncObj, Nats, NatsDisk, Etcd)
 }

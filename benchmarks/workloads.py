@@ -73,6 +73,13 @@ def workloads_of(system: type[System], quick: bool) -> list[Workload]:
             Workload(in_flight=256, groups=60),
             Workload(in_flight=64, value_bytes=1024),
         ]
+    if system.key == "raftfleet-zeromq":
+        return [
+            Workload(sync=True),
+            Workload(sync=True, where="elsewhere"),
+            *(Workload(in_flight=count) for count in PEERS_IN_FLIGHT),
+            Workload(in_flight=256, groups=60),
+        ]
     return [
         Workload(sync=True),
         Workload(sync=True, where="elsewhere"),
@@ -134,8 +141,10 @@ def measure(system: System, workload: Workload, seconds: float) -> dict[str, Any
     }
 
 
-def run_rounds(systems: list[type[System]], rounds: int, seconds: float, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Measure everything.
+def run_rounds(
+    systems: list[type[System]], rounds: int, seconds: float, quick: bool, rows: list[str] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Measure everything, or the rows of these keys.
 
     Yields ``("row", {...})``, ``("version", (key, text))``, and ``(key, why)`` after ``"skipped"`` or ``"failed"``.
     """
@@ -150,6 +159,8 @@ def run_rounds(systems: list[type[System]], rounds: int, seconds: float, quick: 
                     if number == 0:
                         yield "version", (kind.key, system.version())
                     for workload in workloads_of(kind, quick):
+                        if rows and workload.key not in rows:
+                            continue
                         row = measure(system, workload, seconds)
                         say(f"  {workload.key}: {row['per_second']:,.0f}/s, p50 {row['p50_us']:,.0f} µs")
                         yield "row", {"system": kind.key, "workload": workload.key, "round": number, **row}
