@@ -230,6 +230,9 @@ class ShardStore:
                 "give them back their names"
             )
         resets = self._take_members(replay, found)
+        # A snapshot whose name was never synced (the process died, or failed, right after the rename) is relied on now:
+        # the log of its member begins behind it.
+        files.sync_dir(f"{self.path}/snapshots")
         found.cut_bytes = replay.cut_bytes + wal.adopt(replay.segments, max(replay.next_batch, 1), spares)
         files.sync_dir(wal.path)
         if replay.segments:

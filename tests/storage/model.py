@@ -50,7 +50,7 @@ class Driver:
     def __init__(self) -> None:
         self.acked = Model()
         self.now = Model()
-        self.installs: list[tuple[int, int, int]] = []  # snapshots written for a reset that is not acknowledged yet
+        self.installs: list[tuple[int, int, int]] = []  # snapshots for a reset that is not acknowledged yet
         self.full_count = 0
 
     # ------------------------------------------------------------------ steps
@@ -91,8 +91,8 @@ class Driver:
         group = self.now.groups[uid]
         index = group.last + ahead
         term = max(term, group.term_at(group.last) or 0)
-        self.snap(store, uid, index, term)
         self.installs.append((uid, index, term))
+        self.snap(store, uid, index, term)
         group.base, group.entries = (index, term), {}
         store.reset(uid, index, term)
 

@@ -68,6 +68,8 @@ WORKLOAD: list[tuple[object, ...]] = [
     ("append", 7, 0, 12, 3, 60),
     ("sync",),
     ("work", 6),
+    ("install", 9, 5, 3),  # ahead of a log that is durable
+    ("sync",),
     ("forget", 9),
     ("sync",),
     ("snapshot", 7),
