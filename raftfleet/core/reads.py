@@ -52,9 +52,12 @@ def lease_until_us(member: Member) -> int:
 
 
 def ask_for_confirmation(member: Member) -> None:
-    """Reads wait: make sure that a message sent from now on will be answered by every voter."""
+    """Reads wait: make sure that a message sent from now on will be answered by every voter.
+
+    Nobody is asked while the lease holds: it answers them, and the periodic beats renew it.
+    """
     lead = member.lead
-    if lead is None or not lead.reads:
+    if lead is None or not lead.reads or member.lease_until_us() > member.shard.now_us:
         return
     newest = lead.reads[-1][0]
     for voter in member.membership.voters:

@@ -644,6 +644,19 @@ def test_rule_10_a_lease_answers_without_a_round() -> None:
     assert cluster.query(leader).value == []
 
 
+def test_rule_10_while_a_lease_holds_a_read_asks_nobody_and_after_it_everybody() -> None:
+    cluster = Cluster(clock_drift_margin=0.1)
+    leader = cluster.settle()
+    first, second = Answer(), Answer()
+    effects = cluster.turn(leader, lambda shard: shard.query(1, msgpack.packb("all"), first))
+    assert first.value == [] and effects.sends == {}
+    lease_us = cluster.member(leader).lease_until_us() - cluster.local_us(leader)
+    shard = cluster.shards[leader]
+    shard.begin(cluster.local_us(leader) + lease_us, WALL_US)
+    shard.query(1, msgpack.packb("all"), second)
+    assert shard.finish().sends.keys() == {1, 2, 3} - {leader}
+
+
 def test_rule_10_without_a_margin_there_is_no_lease() -> None:
     cluster = Cluster()
     leader = cluster.settle()
