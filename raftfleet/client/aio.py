@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Generator, Iterable
 from types import TracebackType
@@ -65,7 +66,18 @@ _NO_TIMER_US = 1 << 62
 _NAMES_MAX = 1 << 17
 
 # Called once or twice for each call: without the way through their modules.
-_monotonic_ns, _pid, _running_loop = time.monotonic_ns, os.getpid, asyncio.get_running_loop
+_monotonic_ns, _thread_id = time.monotonic_ns, threading.get_ident
+
+_fork_count = 0
+
+
+def _count_fork() -> None:
+    global _fork_count
+    _fork_count += 1
+
+
+# Asking for the process's id, and for the running loop, which asks for it too, took a tenth of a call's time.
+os.register_at_fork(after_in_child=_count_fork)
 
 
 def connect(run_dir: str | os.PathLike[str] | None = None) -> Fleet:
@@ -97,7 +109,8 @@ class Fleet:
         if self._loop is not None:
             raise RuntimeError("this client was entered already")
         self._loop = asyncio.get_running_loop()
-        self._pid = os.getpid()
+        self._thread_id = _thread_id()
+        self._fork_count = _fork_count
         self.run_dir = discovery.find_run_dir(self._wanted_run_dir)
         self._table = discovery.open_table(self.run_dir)
         self._core = ClientCore(secrets.token_bytes(ipc.CLIENT_ID_BYTES))
@@ -318,12 +331,12 @@ class Fleet:
     # ---------------------------------------------------------------- driving calls
 
     def _entered(self) -> asyncio.AbstractEventLoop:
-        loop = _running_loop()
-        if loop is not self._loop:
+        loop = self._loop
+        if loop is None or self._thread_id != _thread_id() or not loop.is_running():
             raise RuntimeError("use this client in an `async with` block of this event loop")
         if self._is_closed:
             raise RuntimeError("this client is closed")
-        if self._pid != _pid():
+        if self._fork_count != _fork_count:
             raise RuntimeError("an asyncio client cannot be used after a fork: connect again in the child")
         return loop
 
@@ -334,7 +347,7 @@ class Fleet:
         self._core.start(call, _now_us())
         if call.state == READY:
             link = self._links_by_name.get(call.name)
-            (self._link_for(call) if link is None or call.is_control else link).enqueue(call)
+            (self._link_for(call) if link is None or call.kin is None else link).enqueue(call)
         if call.deadline_us < self._timer_us:
             self._set_timer(call.deadline_us)
         return future
@@ -574,7 +587,7 @@ class _Link(asyncio.BufferedProtocol):
         items: list[list[Any]] = []
         size_bytes = 0
         for position, run in enumerate(waiting):
-            is_control = run[0].is_control
+            is_control = run[0].kin is None
             if size_bytes > FRAME_BYTES or (items and is_control):
                 self._transport.write(ipc.pack_frame(items))
                 items, size_bytes = [], 0
