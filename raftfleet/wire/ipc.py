@@ -237,7 +237,20 @@ def check_request(item: list[Any]) -> list[Any]:
     Raises:
         WireError: with reason ``request``; the message says what is wrong with which field.
     """
-    if len(item) == 6 and type(item[1]) is int and item[1] == COMMAND:  # what comes most, by the shortest way
+    # What comes most, by the shortest way.
+    if len(item) == 7 and type(item[1]) is int and item[1] == COMMAND_RUN:
+        request_id, _, name, uid, timeout_ms, count, run = item
+        if (
+            int is type(request_id) is type(uid) is type(timeout_ms) is type(count)
+            and type(name) is str
+            and type(run) is bytes
+            and 0 < request_id
+            and 0 <= timeout_ms <= _TIMEOUT_MS_MAX
+            and 0 < count <= RUN_COMMANDS_MAX
+            and not (request_id | uid) >> 63
+        ):
+            return item
+    elif len(item) == 6 and type(item[1]) is int and item[1] == COMMAND:
         request_id, _, name, uid, timeout_ms, command = item
         if (
             int is type(request_id) is type(uid) is type(timeout_ms)
