@@ -22,7 +22,7 @@ from raftfleet.core.incoming import Key
 from raftfleet.storage.base import SnapshotInfo
 from raftfleet.storage.files import Files
 from raftfleet.storage.records import crc_extend
-from raftfleet.storage.snapshots import HEADER_BYTES, pack_header, read_info, snapshot_name
+from raftfleet.storage.snapshots import HEADER_BYTES, pack_header, read_info, snapshot_name, write_all
 
 SYNC_BYTES = 1 << 20
 """A few milliseconds of a disk's time."""
@@ -67,7 +67,7 @@ class ArrivalFile:
         """
         if not self.is_begun:
             self._handle = self._files.open(self.path, create=True)
-        _write_all(self._files, self._handle, data, self._start + self.size_bytes)
+        write_all(self._files, self._handle, data, self._start + self.size_bytes)
         self.size_bytes += len(data)
         self._crc = crc_extend(self._crc, data)
         if self.size_bytes - self._synced_bytes >= SYNC_BYTES:
@@ -92,7 +92,7 @@ class ArrivalFile:
         assert self.size_bytes == self.key.size_bytes, (self.size_bytes, self.key)
         files = self._files
         header = pack_header(uid, index, term, generation, self._meta, self.size_bytes, self._crc)
-        _write_all(files, self._handle, header + self._meta, 0)
+        write_all(files, self._handle, header + self._meta, 0)
         self._sync()
         path = f"{folder}/{snapshot_name(uid, generation)}"
         files.rename(self.path, path)
@@ -148,13 +148,3 @@ def open_source(files: Files, info: SnapshotInfo) -> StoredSource | None:
     _, meta = read_info(files, info.path, check=False)
     crc = meta.get("crc")
     return StoredSource(files, info, crc) if isinstance(crc, int) else None
-
-
-def _write_all(files: Files, handle: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = files.pwrite(handle, view, offset)
-        if done <= 0:
-            raise OSError(f"a write of {len(view)} bytes took {done}")
-        offset += done
-        view = view[done:]

@@ -41,6 +41,8 @@ _HEAD = struct.Struct("<8sII")
 _FIELDS = struct.Struct("<QQQQQQI12x")
 HEADER_BYTES = _HEAD.size + _FIELDS.size
 READ_BYTES = 4 << 20
+SYNC_BYTES = 4 << 20
+"""Synced in such pieces, the log of the same disk gets its turns between them."""
 
 
 def snapshot_name(uid: int, generation: int) -> str:
@@ -66,6 +68,17 @@ def pack_header(uid: int, index: int, term: int, generation: int, meta: bytes, s
     return _HEAD.pack(MAGIC, FORMAT, crc_extend(FORMAT, fields)) + fields
 
 
+def write_all(files: Files, handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it, however little a call takes."""
+    view = memoryview(data)
+    while view:
+        done = files.pwrite(handle, view, offset)
+        if done <= 0:
+            raise OSError(f"a write of {len(view)} bytes took {done}")
+        offset += done
+        view = view[done:]
+
+
 def write_snapshot(
     files: Files, folder: str, uid: int, index: int, term: int, generation: int, meta: dict[str, Any], data: bytes
 ) -> SnapshotInfo:
@@ -80,16 +93,14 @@ def write_snapshot(
     path = f"{folder}/{snapshot_name(uid, generation)}"
     handle = files.open(path + TEMPORARY, create=True)
     try:
-        offset = 0
-        for part in (head, data):
-            view = memoryview(part)
-            while view:
-                done = files.pwrite(handle, view, offset)
-                if done <= 0:
-                    raise OSError(f"a write of {len(view)} bytes took {done}")
-                offset += done
-                view = view[done:]
-        files.fdatasync(handle)
+        write_all(files, handle, head, 0)
+        view = memoryview(data)
+        offset = len(head)
+        while view:
+            write_all(files, handle, view[:SYNC_BYTES], offset)
+            offset += len(view[:SYNC_BYTES])
+            view = view[SYNC_BYTES:]
+            files.fdatasync(handle)
     finally:
         files.close(handle)
     files.rename(path + TEMPORARY, path)

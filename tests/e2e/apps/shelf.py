@@ -1,7 +1,8 @@
-"""A machine with a large state, whose ``dump`` can be told to misbehave."""
+"""A machine with a large state, whose ``dump`` and ``load`` can be told to misbehave."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import raftfleet
 
 
 class Shelf(raftfleet.StateMachine):
-    """Keeps what it is given under a number. ``["dump", how]``: "slowly" takes a minute."""
+    """Keeps what it is given under a number. ``["dump", how]``: "slowly" takes a minute, "loads slowly" six seconds."""
 
     def new(self) -> dict[Any, Any]:
         return {"dump": ""}
@@ -25,6 +26,8 @@ class Shelf(raftfleet.StateMachine):
         return len(shelf) - 1, shelf
 
     def query(self, shelf: dict[Any, Any], arg: Any) -> int:
+        if isinstance(arg, list):
+            return int(shelf[arg[1]][0])  # ["first byte", number]
         return len(shelf) - 1
 
     def dump(self, shelf: dict[Any, Any]) -> bytes:
@@ -35,4 +38,8 @@ class Shelf(raftfleet.StateMachine):
 
     def load(self, data: bytes) -> dict[Any, Any]:
         shelf: dict[Any, Any] = msgpack.unpackb(data, strict_map_key=False)
+        if shelf["dump"] == "loads slowly":
+            print("loading slowly", file=sys.stderr, flush=True)
+            for _ in range(60):
+                time.sleep(0.1)
         return shelf
