@@ -8,6 +8,9 @@ import msgpack
 
 from raftfleet.core.context import CommandContext
 
+PIECE_BYTES = 256 << 10
+"""A large state is unpacked from pieces of this size: a millisecond or two each."""
+
 __all__ = ["CommandContext", "LeaderHook", "StateMachine"]
 
 
@@ -49,6 +52,8 @@ class StateMachine:
 
     def load(self, data: bytes) -> Any:
         """The inverse of :meth:`dump`."""
+        if len(data) > PIECE_BYTES:
+            return _unpack_in_pieces(data)
         return msgpack.unpackb(data, raw=False, strict_map_key=False)
 
     def digest(self, state: Any) -> bytes:
@@ -91,3 +96,34 @@ class LeaderHook:
 
     def on_restored(self, group: str, state: Any) -> None:
         """The state was restored from a snapshot or from disk."""
+
+
+class _Pieces:
+    """Bytes as a file, a piece at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def read(self, count: int) -> bytes:
+        piece = self._data[self._at : self._at + count]
+        self._at += len(piece)
+        return piece
+
+
+def _unpack_in_pieces(data: bytes) -> Any:
+    """As ``unpackb``, but every now and then Python runs: a signal is handled between two pieces.
+
+    By a signal a worker keeps its links alive while a user's code runs. One call into C for all of a large state may
+    last longer than an election timeout.
+    """
+    unpacker = msgpack.Unpacker(
+        _Pieces(data), read_size=PIECE_BYTES, max_buffer_size=len(data) + PIECE_BYTES, raw=False, strict_map_key=False
+    )
+    try:
+        state = unpacker.unpack()
+    except msgpack.OutOfData as error:
+        raise ValueError(f"a state is cut off after {len(data)} bytes") from error
+    if unpacker.tell() != len(data):
+        raise ValueError(f"a state of {unpacker.tell()} bytes is followed by {len(data) - unpacker.tell()} more")
+    return state

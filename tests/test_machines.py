@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raftfleet.machine import CommandContext, StateMachine
+import raftfleet.machine as machine_module
+from raftfleet.machine import PIECE_BYTES, CommandContext, StateMachine
 from raftfleet.testing.machines import Echo, JustAnInt, KeyValue
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -112,3 +114,37 @@ def test_a_lock_command_that_makes_no_sense_changes_nothing(locks: Alone) -> Non
         with pytest.raises(ValueError):
             locks.command(arg)
     assert locks.state is before
+
+
+# -- large states ------------------------------------------------------------------------------------------------------
+
+
+def large() -> dict[Any, Any]:
+    return {
+        "one": b"1" * 3 * PIECE_BYTES,
+        "many": [[number, str(number), {"n": None}] for number in range(40_000)],
+        7: "\u00e4" * PIECE_BYTES,
+    }
+
+
+def test_a_large_state_is_loaded_as_a_small_one_is() -> None:
+    machine = KeyValue()
+    state = large()
+    assert machine.load(StateMachine.dump(machine, state)) == state
+
+
+def test_python_runs_between_the_pieces_of_a_large_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read = machine_module._Pieces.read
+    monkeypatch.setattr(
+        machine_module._Pieces, "read", lambda pieces, count: (reads.append(count), read(pieces, count))[1]
+    )
+    data = StateMachine.dump(KeyValue(), large())
+    StateMachine.load(KeyValue(), data)
+    assert len(reads) >= len(data) // PIECE_BYTES, "signals are handled there"
+
+
+@pytest.mark.parametrize("bad", [lambda data: data[:-1], lambda data: data + b"\0"])
+def test_a_large_state_that_is_cut_off_or_too_long_is_refused(bad: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(ValueError, match="state"):
+        StateMachine.load(KeyValue(), bad(StateMachine.dump(KeyValue(), large())))

@@ -619,15 +619,20 @@ class ShardStore:
         info = group.snapshots[-1]
         try:
             return open_source(self.files, info)
-        except (OSError, StorageError) as error:
+        except (FileNotFoundError, StorageError) as error:
             self.put_aside(info, str(error))
-            return None
+        except OSError as error:
+            self.problems.append(f"{info.path} cannot be opened to be sent: {error}")
+        return None
 
     def put_aside(self, info: SnapshotInfo, why: str) -> None:
         """A stored snapshot is damaged: it does not count any more. The older one and the log have it all."""
         self.groups[info.uid].snapshots.remove(info)
         self.problems.append(f"{info.path} is damaged ({why}); it was put aside, and another is made")
-        self._wal.guard(self.files.rename, info.path, f"{self.path}/archive/{os.path.basename(info.path)}.damaged")
+        folder, name = os.path.split(info.path)
+        if name in self.files.listdir(folder):
+            with contextlib.suppress(StorageFull):  # it stays where it is, and does not count
+                self._wal.guard(self.files.rename, info.path, f"{self.path}/archive/{name}.damaged")
 
     def arrival(self, uid: int, key: Key) -> ArrivalFile:
         """A file for a large snapshot that is about to arrive; nothing is written yet."""

@@ -377,6 +377,16 @@ def test_a_stored_snapshot_that_turns_out_damaged_is_put_aside_and_another_is_se
     assert any("put aside" in text for _, text in cluster.keepers[leader].notes)
 
 
+def test_a_stored_snapshot_that_somebody_removed_costs_nobody_a_shard() -> None:
+    cluster = Disks(log_entries_kept=2)
+    leader = cluster.leave_behind(3)
+    assert cluster.keepers[leader].save_snapshot(1, *cluster.member(leader).make_snapshot())
+    (name,) = stored(cluster.files[leader])
+    cluster.files[leader].unlink(name)
+    cluster.run_for(3)
+    assert cluster.state(3) == cluster.state(leader)
+
+
 class BigLone(DurableLone):
     """A durable shard that receives what is more than a chunk into a file."""
 
