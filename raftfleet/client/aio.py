@@ -587,7 +587,7 @@ class _Link(asyncio.BufferedProtocol):
         items: list[list[Any]] = []
         size_bytes = 0
         for position, run in enumerate(waiting):
-            is_control = run[0].kin is None
+            is_control = run[0].is_control
             if size_bytes > FRAME_BYTES or (items and is_control):
                 self._transport.write(ipc.pack_frame(items))
                 items, size_bytes = [], 0
@@ -599,7 +599,7 @@ class _Link(asyncio.BufferedProtocol):
             fleet._next_request_id += len(run)
             request = attempt_run(run, first_id, slot.uid if slot is not None else 0, now_us, wall_us)
             in_flight[first_id] = run
-            if not is_control:
+            if run[0].kin is not None:
                 self._held.setdefault(run[0].kin, [])
             items.append(request)
             size_bytes += FRAME_BYTES + 1 if is_control else len(request[-1]) + 64

@@ -216,7 +216,7 @@ class Call:
         result: of a call that is DONE without an error.
         error: what a call that is DONE raises, or None.
         waiter: the driver's own.
-        kin: equal for calls that may share a run; None for a control call.
+        kin: equal for calls that may share a run; None for what goes alone: a control call, a retry, a long argument.
     """
 
     # What a call begins with is the class's: only what differs is written into each one. (Measured: with slots and all
@@ -259,8 +259,8 @@ class Call:
 
     @property
     def is_patient(self) -> bool:
-        """Whether a driver may let it wait for :data:`HOLD_US_MAX`: a first attempt, with time enough."""
-        return not self._attempt_count and self._timeout_us >= 4 * HOLD_US_MAX
+        """Whether there is time enough to let it wait for :data:`HOLD_US_MAX`, once."""
+        return self._timeout_us >= 4 * HOLD_US_MAX
 
     @property
     def _is_repeatable(self) -> bool:
@@ -366,6 +366,8 @@ class Call:
 
     def _make_ready(self, now_us: int) -> None:
         self.state = READY
+        if self._attempt_count:
+            self.kin = None  # a retry goes alone
         self.deadline_us = self._total_deadline_us or now_us + self._timeout_us + GRACE_US
 
     def _on_group_changed(self, error: errors.RaftFleetError, now_us: int) -> None:
@@ -470,17 +472,17 @@ def runs(calls: list[Call]) -> list[list[Call]]:
     for call in calls:
         if call.state != READY:
             continue
-        if call._kind == ipc.CALL or call._attempt_count or len(call._arg) > _RUN_ARG_BYTES_MAX:
+        kin = call.kin
+        if kin is None:
             result.append([call])
             continue
-        key = call.kin
-        run = growing.get(key)
+        run = growing.get(kin)
         if run is not None and len(run) < RUN_COMMANDS_MAX:
             last = run[-1]
-            if last._timeout_us == call._timeout_us and (call._kind == ipc.QUERY or last._seq + 1 == call._seq):
+            if last._timeout_us == call._timeout_us and (not call._seq or last._seq + 1 == call._seq):
                 run.append(call)
                 continue
-        growing[key] = run = [call]
+        growing[kin] = run = [call]
         result.append(run)
     return result
 
@@ -558,7 +560,8 @@ class ClientCore:
         session = self._sessions.get(name) if isinstance(name, str) else None
         if session is None:
             session = self._sessions.setdefault(name, Session(check_group_name(name)))
-        call._session = call.kin = session
+        call._session = session
+        call.kin = session if len(packed) <= _RUN_ARG_BYTES_MAX else None
         call._client_id = self.client_id
         return call
 
@@ -577,7 +580,8 @@ class ClientCore:
             check_group_name(name)
         call = self._group_call(ipc.QUERY, name, packed, timeout, retry, retry_interval)
         call._consistency = CONSISTENCIES[consistency]
-        call.kin = name, consistency
+        if len(packed) <= _RUN_ARG_BYTES_MAX:
+            call.kin = name if consistency == "linearizable" else f"{name}\0{consistency}"
         return call
 
     def control(self, method: str, args: dict[str, Any], timeout: float, where: int | None = None) -> Call:
