@@ -147,6 +147,8 @@ class DurableShard(Shard):
         resting: uids of members that lie on the disk and cannot be worked with by the code that is here.
     """
 
+    asks_before_taking_over = True
+
     def __init__(self, instance: int, rng: random.Random, settings: ShardSettings | None, disk: Disk) -> None:
         super().__init__(instance, rng, settings)
         self.disk = disk
@@ -155,12 +157,14 @@ class DurableShard(Shard):
         # Not handed over to the disk yet.
         self._changed: dict[int, int] = {}  # uid -> lowest index of its log that changed
         self._voted: dict[int, Member] = {}
+        self._probed: set[int] = set()  # term and vote are written once more, to see whether there is room
         self._recorded: set[int] = set()  # handed over at once, as they are rare, and not saved yet
         self._installed: dict[int, tuple[int, int, Incoming, bool]] = {}  # index, term, what, if the log begins anew
         self._arriving: dict[int, Incoming] = {}  # snapshots on their way, of which something is not written
         # Handed over, and the disk had no room.
         self._unsaved: dict[int, int] = {}  # uid -> lowest index
         self._unsaved_terms: set[int] = set()
+        self._unsaved_probes: set[int] = set()
         self._held: dict[int, list[Any]] = {}  # sends that wait for it
         self._alone: list[Member] = []  # voted for themselves, and need no other vote
 
@@ -175,6 +179,10 @@ class DurableShard(Shard):
     def save_vote(self, member: Member) -> None:
         """See :class:`Shard`."""
         self._voted[member.uid] = member
+
+    def prove_room(self, member: Member) -> None:
+        """See :class:`Shard`."""
+        self._probed.add(member.uid)
 
     def save_entries(self, member: Member, first: int) -> None:
         """See :class:`Shard`."""
@@ -286,6 +294,7 @@ class DurableShard(Shard):
             waiting[2].discard()
         for table in (self._changed, self._voted, self._arriving, self._unsaved, self._silent_until_us):
             table.pop(member.uid, None)
+        self._probed.discard(member.uid)
 
     def _unknown(self, sender: int, message: Any) -> Member | None:
         return None if message[1] in self.resting else super()._unknown(sender, message)
@@ -296,13 +305,8 @@ class DurableShard(Shard):
     def is_saved(self) -> bool:
         """Whether nothing here waits to be saved."""
         return not (
-            self._changed
-            or self._voted
-            or self._recorded
-            or self._installed
-            or self._arriving
-            or self._unsaved
-            or self._unsaved_terms
+            (self._changed or self._voted or self._probed or self._recorded or self._installed or self._arriving)
+            or (self._unsaved or self._unsaved_terms or self._unsaved_probes)
         )
 
     def persist(self) -> bool:
@@ -344,6 +348,10 @@ class DurableShard(Shard):
         self._changed = {}
         for uid, member in self._voted.items():
             disk.save_vote(uid, member.term, member.vote)
+        for uid in self._probed:
+            disk.save_vote(uid, members[uid].term, members[uid].vote)
+        self._unsaved_probes |= self._probed
+        self._probed = set()
         self._unsaved_terms.update(self._voted)
         self._unsaved_terms.update(self._recorded)
         self._voted = {}
@@ -368,6 +376,7 @@ class DurableShard(Shard):
     def _on_saved(self) -> None:
         unsaved, self._unsaved = self._unsaved, {}
         self._unsaved_terms = set()
+        self._unsaved_probes = set()
         members = self.members
         for uid in unsaved:
             member = members.get(uid)
@@ -403,6 +412,8 @@ class DurableShard(Shard):
             followed = self.link(peer).followed.keys()
             return not (followed.isdisjoint(self._unsaved_terms) and followed.isdisjoint(self._voted))
         uid = message[1]
+        if (kind == VOTE or kind == VOTE_ANSWER) and (uid in self._probed or uid in self._unsaved_probes):
+            return True
         return any(
             uid in table
             for table in (

@@ -6,6 +6,9 @@ Rules (paper 5.2, 5.4.1; thesis 3.10, 4.2, 9.6; DESIGN 5.8, 5.11):
 
 * A pre-vote changes nothing where it is asked; its refusals teach a higher term.
 * No vote, and no pre-vote, while a leader is heard, except to the target of a transfer.
+* On disks the target of a transfer asks before it campaigns, and whoever would vote for it writes to the disk before it
+  says so, the target too. Only a quorum that has room goes over to another term; else the leader stays, who answers
+  reads if it can do nothing else.
 * A vote goes to a log at least as complete as ours, and as the log that this instance once held
   (``forgotten_end``). It is saved before it is told, a candidate's vote for itself too.
 * Whoever asks needs not be a member as we know it: it may know a newer configuration, or not know of its removal.
@@ -27,6 +30,9 @@ from raftfleet.core.roles import CANDIDATE, FOLLOWER, LEADER, PRE_CANDIDATE
 if TYPE_CHECKING:
     from raftfleet.core.member import Member
 
+TRANSFER_US_MAX = 1_000_000
+"""Commands wait while a leadership is handed over. Groups with a long election timeout need no longer for it."""
+
 
 def campaign(member: Member, *, pre: bool, transfer: bool = False) -> None:
     """Ask for votes: first whether they would be given (thesis 9.6), then in earnest."""
@@ -35,6 +41,7 @@ def campaign(member: Member, *, pre: bool, transfer: bool = False) -> None:
         return
     if member.leader:
         roles.follow(member, member.term, 0)
+    member.takes_over_until_us = 0
     asked_before = member.role != FOLLOWER
     if pre:
         member.role = PRE_CANDIDATE
@@ -72,13 +79,15 @@ def on_vote(member: Member, sender: int, m: Vote) -> None:
         member.shard.send(sender, Gone(GONE, member.uid, member.term, member.commit))
         if not up_to_date:
             return
-    if (not m.transfer or m.pre) and member.hears_leader():
+    if not m.transfer and member.hears_leader():
         return
     if m.term < member.term or (m.pre and m.term == member.term):
         member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, member.term, m.pre, False))
         return
     if m.pre:
         if up_to_date and not member.shard.refuses_votes(member):
+            if m.transfer:
+                member.shard.prove_room(member)
             member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, m.term, True, True))
         else:
             member.shard.send_saved(sender, VoteAnswer(VOTE_ANSWER, member.uid, member.term, True, False))
@@ -100,6 +109,9 @@ def on_vote_answer(member: Member, sender: int, m: VoteAnswer) -> None:
         roles.follow(member, m.term, 0)
         return
     if m.pre:
+        if member.takes_over_until_us:
+            _on_heir_answer(member, sender, m)
+            return
         if member.role != PRE_CANDIDATE or (m.granted and m.term != member.term + 1):
             return
     elif member.role != CANDIDATE or m.term != member.term:
@@ -160,7 +172,7 @@ def transfer(member: Member, target: int) -> None:
     if target not in member.live_members() or progress.state != REPLICATE:
         raise ConfigChangeRefused(f"{target} is not caught up, or not heard")
     lead.transfer_target = target
-    lead.transfer_deadline_us = member.shard.now_us + member.election_timeout_us
+    lead.transfer_deadline_us = member.shard.now_us + min(member.election_timeout_us, TRANSFER_US_MAX)
     lead.lease_void = True  # for the rest of the term: a late TimeoutNow may come to effect at any time
     member.shard.active[member.uid] = member
     if progress.match == member.log.last_index:
@@ -170,4 +182,27 @@ def transfer(member: Member, target: int) -> None:
 def on_timeout_now(member: Member, sender: int, m: TimeoutNow) -> None:
     """The leader hands over (thesis 3.10)."""
     if m.term == member.term and sender == member.leader and not member.is_learner and not member.is_quarantined:
+        if member.shard.asks_before_taking_over:
+            _ask_as_heir(member)
+        else:
+            member.campaign(pre=False, transfer=True)
+
+
+def _ask_as_heir(member: Member) -> None:
+    """Ask whether a quorum would vote, and could save its votes. Nothing changes by it: the leader is followed on."""
+    member.takes_over_until_us = member.shard.now_us + min(member.election_timeout_us, TRANSFER_US_MAX)
+    member.votes = {member.id: True}
+    member.shard.prove_room(member)
+    message = Vote(VOTE, member.uid, member.term + 1, True, member.log.last_index, member.log.last_term, True)
+    for peer in member.membership.voters:
+        if peer != member.id:
+            member.shard.send_saved(peer, message)
+
+
+def _on_heir_answer(member: Member, sender: int, m: VoteAnswer) -> None:
+    """A quorum could vote now: campaign. What comes later than the leader waits for is of no use."""
+    if member.shard.now_us >= member.takes_over_until_us or member.votes is None or m.term != member.term + 1:
+        return
+    member.votes[sender] = m.granted
+    if sum(1 for voter in member.membership.voters if member.votes.get(voter)) >= member.membership.quorum:
         member.campaign(pre=False, transfer=True)

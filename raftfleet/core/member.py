@@ -110,6 +110,7 @@ class Member:
         "session_table",
         "shard",
         "state",
+        "takes_over_until_us",
         "term",
         "timer_us",
         "uid",
@@ -150,6 +151,7 @@ class Member:
         self.heard_us = NEVER_US  # when a leader was last heard about this very group; outlives following it
         self.timer_us = 0
         self.votes: dict[int, bool] | None = None  # since the last campaign, until it is over
+        self.takes_over_until_us = 0  # asks the voters whether it can, since its leader hands over
         self.lead: Leading | None = None
         self.incoming: Incoming | None = None  # a leader's snapshot, as far as it has come
         self.dump_known = (0, 0)  # size of the state when it was last dumped or loaded, and log.total_bytes then

@@ -56,6 +56,7 @@ def follow(member: Member, term: int, leader: int) -> None:
     member.role = FOLLOWER
     member.leader = leader
     member.votes = None
+    member.takes_over_until_us = 0
     member.recovery = None
     if leader:
         member.last_leader = leader

@@ -128,6 +128,8 @@ class Shard:
 
     is_full = False
     """Whether nothing more can be saved for lack of space (durable shards only): nothing new is taken on then."""
+    asks_before_taking_over = False
+    """Whether a vote may find no room to be saved in (durable shards only): see :mod:`raftfleet.core.election`."""
     first_seq = 0
     """Beats count from here: a shard that comes back as the same instance begins above all that it ever counted."""
 
@@ -693,6 +695,9 @@ class Shard:
 
     def save_vote(self, member: Member) -> None:
         """Term and vote changed."""
+
+    def prove_room(self, member: Member) -> None:
+        """What is said of a vote to come leaves only if that vote could be saved. In memory it always can."""
 
     def save_entries(self, member: Member, first: int) -> None:
         """The log changed from ``first`` on."""

@@ -375,7 +375,7 @@ ELECTIONS = (
         "no-stickiness",
         "5.8",
         "votes are given while a leader is heard",
-        ("core.election:on_vote", "    if (not m.transfer or m.pre) and member.hears_leader():\n        return\n", ""),
+        ("core.election:on_vote", "    if not m.transfer and member.hears_leader():\n        return\n", ""),
         ("core.leaderless:timer_due", "if member.hears_leader():", "if False:"),
         ("core.leaderless:leader_silent", "max(left_us, 0)", "0"),
         (

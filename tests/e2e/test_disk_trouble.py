@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from e2e.conftest import APPS
-from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
+from e2e.load import JUST_AN_INT, THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
 
 import raftfleet
 from raftfleet import errors
@@ -60,6 +61,36 @@ def small_disk(durable: LocalFleet) -> Iterator[SmallDisk]:
     finally:
         durable.close()  # its nodes hold files there
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disks(durable: LocalFleet) -> Iterator[dict[str, Path]]:
+    """A file system for each of three nodes, with room for one log segment; :func:`enlarge` makes more."""
+    mounted: dict[str, Path] = {}
+    try:
+        for name in THREE_NODES_IN_THREE_ZONES:
+            path = durable.folder / f"disk-{name}"
+            path.mkdir()
+            options = f"size={SEGMENT + 16 * MIB},mode=700"
+            done = subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", options, "raftfleet-test", str(path)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+            mounted[name] = path
+        yield mounted
+    finally:
+        durable.close()  # its nodes hold files there
+        for path in mounted.values():
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def enlarge(path: Path) -> None:
+    """The file system gets room for three more segments."""
+    subprocess.run(["mount", "-o", f"remount,size={4 * SEGMENT + 16 * MIB}", str(path)], check=True)
 
 
 def fill(client: raftfleet.Fleet, name: str, chunks: int = 200) -> tuple[int, int]:
@@ -123,6 +154,44 @@ def test_a_node_without_room_hands_its_leaderships_over_and_takes_part_again_lat
     assert_at_rest(durable, THREE_NODES_IN_THREE_ZONES, 3, load)
     durable.kill_node("n2")
     assert durable.connect("n1").query("filler", None, timeout=10.0, retry=20) == 69 * len(CHUNK)
+
+
+def test_while_all_disks_are_full_idle_groups_keep_leaders_that_answer_queries(
+    durable: LocalFleet, small_disks: dict[str, Path]
+) -> None:
+    for name, zone in THREE_NODES_IN_THREE_ZONES.items():
+        durable.start_node(name, zone, workers=1, data_dir=small_disks[name] / "data")
+    client = durable.connect("n1")
+    # Long enough that no leader is lost to a machine that has a lot to do: none could follow it.
+    patient = {"election_timeout_s": 20.0}
+    client.add_consensus_group("filler", 3, raftfleet.GroupConfig("filler:Filler", **patient))
+    idle = {f"idle{number}": number for number in range(6)}
+    for name, value in idle.items():
+        client.add_consensus_group(name, 3, raftfleet.GroupConfig(JUST_AN_INT.machine, **patient))
+        client.command(name, ["set", value], retry=20)
+    durable.wait_settled(deadline_s=60.0)
+    acknowledged, doubtful = fill(client, "filler")
+    durable.wait_until(
+        lambda: all(disk_state(durable, name) == "full" for name in small_disks), 60.0, "all disks to be full"
+    )
+    before = {name: client.status(name, timeout=20.0)["term"] for name in idle}
+    readers = [durable.connect(name) for name in small_disks]
+    until = time.monotonic() + 18.0  # a leadership that nobody took is offered once more after 15 s
+    while time.monotonic() < until:
+        for reader in readers:
+            assert {name: reader.query(name, "get", timeout=10.0, retry=3) for name in idle} == idle
+    assert {name: client.status(name, timeout=20.0)["term"] for name in idle} == before, "no leadership was lost"
+    with pytest.raises(errors.DiskFull):
+        client.command("idle0", "inc", timeout=20.0, retry=0)
+    for path in small_disks.values():
+        enlarge(path)
+    durable.wait_until(
+        lambda: all(disk_state(durable, name) in ("ok", "low") for name in small_disks), 60.0, "space to be noticed"
+    )
+    for name, value in idle.items():
+        assert client.command(name, "inc", timeout=10.0, retry=20) == value
+    total = client.query("filler", None, timeout=10.0, retry=20)
+    assert acknowledged <= total <= acknowledged + doubtful
 
 
 def test_a_worker_whose_write_fails_ends_and_reads_its_disk_again(durable: LocalFleet) -> None:
