@@ -540,6 +540,6 @@ class DurableShard(Shard):
         self.resting.discard(member.uid)
         self.members[member.uid] = member
         self._silent_until_us[member.uid] = self.now_us + member.election_timeout_us
-        if member.membership.lives:
-            roles.wait_to_campaign(member, spread_us_min=count * CAMPAIGN_US_PER_GROUP)
+        # One that is empty has a timer, too: if it was removed meanwhile, nobody speaks to it, and it has to ask.
+        roles.wait_to_campaign(member, spread_us_min=count * CAMPAIGN_US_PER_GROUP)
         return member

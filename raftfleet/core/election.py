@@ -28,6 +28,8 @@ from raftfleet.core.progress import REPLICATE
 from raftfleet.core.roles import CANDIDATE, FOLLOWER, LEADER, PRE_CANDIDATE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from raftfleet.core.member import Member
 
 TRANSFER_US_MAX = 1_000_000
@@ -57,9 +59,12 @@ def campaign(member: Member, *, pre: bool, transfer: bool = False) -> None:
         return
     term = member.term + 1 if pre else member.term
     message = Vote(VOTE, member.uid, term, pre, member.log.last_index, member.log.last_term, transfer)
-    # Asked in vain before: ask learners too. They may be the only ones left that know of this member's removal.
-    in_vain = pre and asked_before
-    for peer in membership.lives if in_vain else membership.voters:
+    # Asked in vain before: ask learners too, and whoever holds the group now. They may be the only ones left that know
+    # of this member's removal.
+    asked: Iterable[int] = membership.voters
+    if pre and asked_before:
+        asked = dict.fromkeys((*membership.lives, *member.shard.holders(member.uid)))
+    for peer in asked:
         if peer != member.id:
             # A vote request of a candidate speaks for its own, already saved, vote: it leaves after that is saved.
             member.shard.send_saved(peer, message)

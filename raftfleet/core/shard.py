@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -149,6 +149,7 @@ class Shard:
         self.violations: list[str] = []
         self.may_create: Callable[[int], tuple[str, GroupConfig, Any, Any] | None] = lambda uid: None
         self.is_dead: Callable[[int], bool] = lambda uid: False
+        self.holders: Callable[[int], Iterable[int]] = lambda uid: ()
         self.node_of: Callable[[int], str] = str
         self.applied_listener: dict[int, Callable[[int, int, list[bytes]], None]] = {}
         self.restored_listener: dict[int, Callable[[], None]] = {}

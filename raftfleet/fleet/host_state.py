@@ -126,6 +126,7 @@ class HostState(ABC):
             self.shard = DurableShard(instance, rng, shard_settings, disk)
         self.shard.may_create = self._recipe
         self.shard.is_dead = self._is_dead
+        self.shard.holders = self._holders
         self.shard.node_of = self._node_of
         self.client_id = rng.getrandbits(128).to_bytes(16, "big")
         self.counters: dict[str, int] = {}
@@ -221,6 +222,11 @@ class HostState(ABC):
 
     def _is_dead(self, uid: int) -> bool:
         return uid in self._dead_early or (self.fleet_known and self.fleet.is_dead_uid(uid))
+
+    def _holders(self, uid: int) -> list[int]:
+        """Whom to ask about a group if those that its member here knows are silent: where it should be by now."""
+        group = self.fleet.group_of_uid(uid)
+        return [instance for _, instance in self.fleet.desired(group)] if group is not None else []
 
     def _node_of(self, instance: int) -> str:
         home = self.fleet.instance_home(instance)

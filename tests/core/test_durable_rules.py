@@ -307,6 +307,36 @@ def test_rule_09_a_new_member_of_a_shard_that_runs_is_not_silent() -> None:
 # -- 13: the leader counts itself only when its own write is durable ---------------------------------------------------
 
 
+def test_rule_12_an_empty_member_that_was_removed_while_it_was_down_asks_who_holds_the_group_now() -> None:
+    """It knows no voter, and not any more who began it: without asking it would be there for ever."""
+    lone = DurableLone(voters=None)
+    lone.receive(2, append(3, (5, 3), [3], life=6))
+    assert not lone.member.membership.lives
+    lone.power_cycle()
+    assert not lone.member.membership.lives
+    assert lone.pass_time(5) == [], "nobody is known to it"
+    lone.shard.holders = lambda uid: (1, 4, 5)
+    asked = [to for to, m in lone.pass_time(5) if isinstance(m, Vote) and m.pre]
+    assert set(asked) == {4, 5}
+    lone.receive(4, Gone(GONE, 1, 3, 6))
+    assert lone.member.life == 6, "who tells that knows of its addition only"
+    lone.receive(4, Gone(GONE, 1, 3, 7))
+    assert 1 not in lone.shard.members
+
+
+def test_rule_12_a_voter_whose_peers_were_all_replaced_while_it_was_down_asks_those_who_came_after_them() -> None:
+    lone = DurableLone()
+    lone.receive(2, append(1, (0, 0), [1]))
+    lone.power_cycle()
+    lone.shard.holders = lambda uid: (3, 4, 5)
+    asked = [to for to, m in lone.pass_time(6) if isinstance(m, Vote)]
+    assert all(m.pre for _, m in lone.pass_time(6) if isinstance(m, Vote))
+    assert asked[:2] == [2, 3], "its own voters first, and nobody else as long as they may answer"
+    assert set(asked) == {2, 3, 4, 5}
+    lone.receive(4, Gone(GONE, 1, 3, 7))
+    assert 1 not in lone.shard.members
+
+
 def test_rule_13_a_leader_whose_disk_is_full_does_not_count_itself() -> None:
     lone = DurableLone()
     lone.elect(2)

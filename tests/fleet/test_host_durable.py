@@ -11,7 +11,7 @@ from raftfleet.core.config import GroupConfig
 from raftfleet.core.durable import DurableShard
 from raftfleet.core.host_messages import RPC_ANSWER, RpcAnswer
 from raftfleet.core.member import Member
-from raftfleet.core.messages import NOOP, VOTE_ANSWER, Append, Entry, VoteAnswer
+from raftfleet.core.messages import GONE, NOOP, VOTE_ANSWER, Append, Entry, Gone, Vote, VoteAnswer
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host import Host, HostSettings, Outputs
 from raftfleet.fleet.machine import FleetState
@@ -153,6 +153,35 @@ def test_a_removed_member_is_not_begun_anew_from_the_fleets_log_after_a_restart(
     node = node.again()
     node.feed(fleet_state(name))
     assert node.shard.members == {}
+
+
+def test_an_empty_member_that_was_removed_while_the_worker_was_down_asks_those_who_hold_the_group_and_goes() -> None:
+    """Begun by a leader, and removed before anything came: it lies on the disk with nobody in it to ask."""
+    node = Node()
+    node.host.set_fleet(FLEET)
+    node.keeper.store.set_fleet(FLEET)
+    state = fleet_state()
+    names = names_of_worker_1(9)
+    for name in names:
+        state.apply(["add_group", name, 1, MACHINE.to_dict()], 0)
+    group = next(state.by_name[name] for name in names if state.desired(state.by_name[name])[0][1] != 1)
+    (holder,) = (instance for _, instance in state.desired(group))
+    node.feed(state)
+    assert group.uid not in node.shard.members
+    node.host.receive(PEER + 1, [Append(1, group.uid, 5, 9, 5, 0, 1, 7, [Entry(5, NOOP, b"")])])
+    node.turn()
+    node = node.again()
+    assert not node.shard.members[group.uid].membership.lives
+    node.feed(state)
+    asked = []
+    for _ in range(10):
+        asked += [(to, m) for to, ms in node.turn(us=500_000).sends.items() for m in ms if isinstance(m, Vote)]
+    assert [to for to, m in asked if m.uid == group.uid and m.pre][:1] == [holder]
+    assert all(m.pre for _, m in asked if m.uid == group.uid), "who may be no member disturbs nobody"
+    node.host.receive(holder, [Gone(GONE, group.uid, 5, 12)])
+    node.turn()
+    assert group.uid not in node.shard.members
+    assert group.uid not in {stored.uid for stored in node.again().found.groups}
 
 
 def test_a_config_that_changed_while_the_worker_was_down_is_taken_over_and_kept() -> None:
