@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -41,6 +42,9 @@ POLL_S_FIRST, POLL_S_MAX = 0.001, 0.02
 GROUPS_AT_ONCE = 1000
 """Groups that one call to the node adds, which is also the fleet's own limit."""
 """How often the leader table is looked at by whoever waits for a leader: a look costs no I/O."""
+
+POLL_MS_MAX = 3_600_000
+"""poll(2) counts in an int; who waits for longer waits again."""
 
 _TIMEVAL = struct.Struct("ll")
 
@@ -581,6 +585,8 @@ class _Connection:
         self.where = where
         self.is_broken = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
         self._reader = ipc.FrameReader()
         self._buffer = bytearray(ipc.RECEIVE_BYTES)
         self._view = memoryview(self._buffer)
@@ -623,32 +629,32 @@ class _Connection:
             OSError: the connection is broken.
             WireError: what came was not understood.
         """
-        if not self._limit(deadline_us):
+        timeout_ms = (deadline_us - _now_us() + 999) // 1000
+        if timeout_ms <= 0:
             return None
-        try:
-            count = self._socket.recv_into(self._buffer)
-        except BlockingIOError:
+        # Not in ``recv``: who waits there is woken for nothing when the node has read what was sent, and while the
+        # node has better things to do. Measured: its read of a request took 18 µs with it, and 8 without.
+        if not self._poll.poll(min(timeout_ms, POLL_MS_MAX)):
             return None if deadline_us <= _now_us() else []
+        count = self._socket.recv_into(self._buffer)
         if count == 0:
             raise ConnectionResetError("the node closed the connection")
         frames = self._reader.feed(self._view[:count])
         return [ipc.check_reply(item) for frame in frames for item in frame]
 
-    def _limit(self, deadline_us: int) -> bool:
-        """Let no system call take longer than until the deadline; False if that has passed.
+    def _limit(self, deadline_us: int) -> None:
+        """Let no writing take longer than until the deadline, if that has not passed.
 
         The kernel's own time-out (in whole milliseconds, so that it seldom changes) costs nothing; Python's costs a
         ``poll`` before each call.
         """
         timeout_ms = (deadline_us - _now_us() + 999) // 1000
         if timeout_ms <= 0:
-            return False
+            return
         if timeout_ms != self._timeout_ms:
             self._timeout_ms = timeout_ms
             limit = _TIMEVAL.pack(timeout_ms // 1000, timeout_ms % 1000 * 1000)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        return True
 
     def remember(self, call: Call) -> None:
         """Keep in mind which attempt of a call that will be tried again was made here: its answer may come late."""

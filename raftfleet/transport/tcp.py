@@ -474,21 +474,29 @@ class TcpPeers(Peers[_Peer]):
         frames = decoder.feed(data)
         if frames:
             self.counters["frames_received"] += len(frames)
-            connection.frame_us = 0
             for frame in frames:
                 self._decode(frame, self._inbox)
             if self._inbox:
                 self.is_woken = True
+        if decoder.pending_bytes or connection.unfinished_bytes or decoder.error is not None:
+            self._note_unfinished(connection, decoder, bool(frames))
+
+    def _note_unfinished(self, connection: _Connection, decoder: StreamDecoder, has_finished: bool) -> None:
+        """Keep the sum of what is unfinished, and its bound.
+
+        Raises:
+            WireError: the stream is broken.
+        """
         if decoder.error is not None:
             raise decoder.error
-        unfinished_bytes = decoder.pending_bytes
-        if unfinished_bytes != connection.unfinished_bytes:
-            self._unfinished_bytes += unfinished_bytes - connection.unfinished_bytes
-            connection.unfinished_bytes = unfinished_bytes
-            if self._unfinished_bytes > self._unfinished_bytes_max:
-                most = max(self._connections.values(), key=lambda one: one.unfinished_bytes)
-                self._refuse("too slow", "%s: too much is unfinished over all connections", most.where)
-                self._lost(most, "")
+        if has_finished:
+            connection.frame_us = 0
+        self._unfinished_bytes += decoder.pending_bytes - connection.unfinished_bytes
+        connection.unfinished_bytes = decoder.pending_bytes
+        if self._unfinished_bytes > self._unfinished_bytes_max:
+            most = max(self._connections.values(), key=lambda one: one.unfinished_bytes)
+            self._refuse("too slow", "%s: too much is unfinished over all connections", most.where)
+            self._lost(most, "")
 
     def _flush(self, connection: _Connection) -> None:
         output = connection.output

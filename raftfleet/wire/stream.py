@@ -72,11 +72,11 @@ class StreamDecoder:
         error: why nothing more can be read from this stream: ``"frame too large"``, as soon as its length has come.
     """
 
-    __slots__ = ("_frame_bytes_max", "_needed_bytes", "_pending", "error")
+    __slots__ = ("_limit", "_needed_bytes", "_pending", "error")
 
     def __init__(self, frame_bytes_max: int) -> None:
         self.error: WireError | None = None
-        self._frame_bytes_max = frame_bytes_max
+        self._limit = frame_bytes_max
         self._pending = bytearray()
         self._needed_bytes = LENGTH_BYTES  # 0 <= len(_pending) < _needed_bytes between two calls
 
@@ -94,14 +94,16 @@ class StreamDecoder:
             data = memoryview(self._pending)
             self._pending = bytearray()
         size_bytes = len(data)
+        if size_bytes >= LENGTH_BYTES and _length.unpack_from(data)[0] == size_bytes - LENGTH_BYTES <= self._limit:
+            return [data[LENGTH_BYTES:]]  # one frame, as nearly always
         frames: list[memoryview] = []
         start = 0
         while True:
             needed_bytes = LENGTH_BYTES
             if size_bytes - start >= LENGTH_BYTES:
                 (length,) = _length.unpack_from(data, start)
-                if length > self._frame_bytes_max:
-                    self.error = WireError("frame too large", f"{length} bytes; the limit is {self._frame_bytes_max}")
+                if length > self._limit:
+                    self.error = WireError("frame too large", f"{length} bytes; the limit is {self._limit}")
                     return frames
                 needed_bytes += length
             if size_bytes - start < needed_bytes:
