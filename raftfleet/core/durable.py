@@ -528,6 +528,7 @@ class DurableShard(Shard):
             log.reset_to(snapshot.index, snapshot.term)
             member.memberships = [(unpacked.membership_index, unpacked.membership)]
             snapshots.take_over(member, snapshot.index, unpacked)
+            member.dump_known = (len(data), 0)
         first = log.last_index + 1
         log.extend(stored.entries)
         for offset, entry in enumerate(stored.entries):

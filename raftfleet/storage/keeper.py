@@ -371,6 +371,9 @@ class Keeper:
     def snapshot_made(self, info: SnapshotInfo) -> None:
         """A snapshot begun by :attr:`begin_snapshot` is in its place, durable."""
         self._looked_at_us = 0  # others may have waited for their turn
+        member = self.shard.members.get(info.uid) if self.shard is not None else None
+        if member is not None:
+            member.dump_known = (info.size_bytes, member.log.total_bytes)
         if self.store.adopt_if_newer(info):
             self.snapshot_count += 1
             self._failed_us.pop(info.uid, None)

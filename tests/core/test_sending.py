@@ -16,6 +16,7 @@ from raftfleet.core.membership import Membership
 from raftfleet.core.messages import SNAPSHOT, Snapshot, SnapshotAnswer
 from raftfleet.core.sending import RETRY_US, BytesSource
 from raftfleet.core.shard import Shard, ShardSettings
+from raftfleet.core.snapshots import dump_bytes_guess
 from raftfleet.storage.arrival import SYNC_BYTES
 from raftfleet.storage.base import StoragePoisoned
 from raftfleet.storage.keeper import Keeper
@@ -385,6 +386,20 @@ def test_a_stored_snapshot_that_somebody_removed_costs_nobody_a_shard() -> None:
     cluster.files[leader].unlink(name)
     cluster.run_for(3)
     assert cluster.state(3) == cluster.state(leader)
+
+
+def test_how_large_a_state_is_stays_known_over_a_restart_and_when_the_log_is_short() -> None:
+    cluster = Disks(log_entries_kept=2)
+    leader = cluster.settle()
+    for number in range(20):
+        cluster.command(f"number {number} " + "x" * 20)
+    for instance in (1, 2, 3):
+        assert cluster.keepers[instance].save_snapshot(1, *cluster.member(instance).make_snapshot())
+    size_bytes = len(cluster.member(leader).make_snapshot()[2])
+    cluster.crash(1, 2, 3)
+    cluster.restart(1, 2, 3)
+    for instance in (1, 2, 3):
+        assert dump_bytes_guess(cluster.member(instance)) >= size_bytes
 
 
 class BigLone(DurableLone):
