@@ -145,6 +145,7 @@ class Worker:
         keeper.shard = shard
         keeper.watch = self._watch_disk
         keeper.begin_snapshot = self._begin_snapshot
+        keeper.begin_last_state = lambda member, generation: self._begin_snapshot(member, generation, is_last=True)
         started_us = monotonic_us()
         self.host.begin(started_us, wall_us())
         self.host.restore(found, lambda info: load_state(keeper.store, info))
@@ -153,10 +154,10 @@ class Worker:
             *(keeper.store.path, len(shard.members), (monotonic_us() - started_us) / 1e6, self.instance),
         )
 
-    def _begin_snapshot(self, member: Member, generation: int) -> bool:
+    def _begin_snapshot(self, member: Member, generation: int, *, is_last: bool = False) -> bool:
         keeper = self.keeper
         assert keeper is not None
-        has_begun = self.snapshots.begin(member, lambda: FileTarget(keeper, member, generation))
+        has_begun = self.snapshots.begin(member, lambda: FileTarget(keeper, member, generation, is_last=is_last))
         keeper.fork_us_max = self.snapshots.fork_us_max
         return has_begun
 

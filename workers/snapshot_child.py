@@ -63,12 +63,14 @@ class Target(Protocol):
 
 
 class FileTarget:
-    """A snapshot file of the data directory."""
+    """A snapshot file of the data directory; ``is_last``: of a group that is being removed, for the archive."""
 
     descriptor = -1
 
-    def __init__(self, keeper: Keeper, member: Member, generation: int) -> None:
+    def __init__(self, keeper: Keeper, member: Member, generation: int, *, is_last: bool = False) -> None:
         self._keeper = keeper
+        self._name = member.name
+        self._is_last = is_last
         self._uid = member.uid
         self._generation = generation
         self._folder = f"{keeper.store.path}/snapshots"
@@ -84,11 +86,18 @@ class FileTarget:
     def made(self, report: Any) -> None:
         """See :class:`Target`."""
         index, term, generation, size_bytes = report
-        self._keeper.snapshot_made(SnapshotInfo(self._uid, index, term, generation, size_bytes, self._path))
+        info = SnapshotInfo(self._uid, index, term, generation, size_bytes, self._path)
+        if self._is_last:
+            self._keeper.last_state_made(info)
+        else:
+            self._keeper.snapshot_made(info)
 
     def failed(self, why: str, now_us: int) -> None:
         """See :class:`Target`."""
-        self._keeper.snapshot_failed(self._uid, now_us, why)
+        if self._is_last:
+            self._keeper.last_state_failed(self._name, why)
+        else:
+            self._keeper.snapshot_failed(self._uid, now_us, why)
 
     def close(self) -> None:
         """See :class:`Target`."""

@@ -98,6 +98,9 @@ class Disk(Protocol):
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> bool:
         """Save a snapshot at once. False: there is no room, and nothing changed."""
 
+    def keep_last_state(self, member: Member) -> bool:
+        """Save the state of a member that is about to be no more, without holding anything up; False: it cannot be."""
+
     def open_snapshot(self, uid: int, index_min: int) -> Source | None:
         """The newest stored snapshot, if it is of ``index_min`` or later."""
 
@@ -248,6 +251,9 @@ class DurableShard(Shard):
         """Nothing where no command ever ran, or no room is left, or the state cannot be dumped (which is told)."""
         has_state = member.last_time_us or (member.config.restore is not None and member.restoring is None)
         if not has_state or self.is_full:
+            return
+        is_large = snapshots.dump_bytes_guess(member) > self.settings.inline_bytes_max
+        if is_large and self.disk.keep_last_state(member):
             return
         try:
             index, term, data = member.make_snapshot()

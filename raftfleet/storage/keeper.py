@@ -71,6 +71,7 @@ class Keeper:
         shard: whose disk this is; set by the owner before anything is saved.
         inline_bytes_max: a member whose newest snapshot, and log since, are at most this is written in the loop.
         begin_snapshot: writes large snapshots elsewhere; None: all are written here.
+        begin_last_state: the same for a member that is removed at the next moment.
         notes: lines for the log, ``(level, text)``; the owner takes them.
         fork_us_max: how long the longest fork for a snapshot took.
         watch: called with True before a call that may wait for the disk, with False after it.
@@ -80,6 +81,7 @@ class Keeper:
         self.store = store
         self.shard: DurableShard | None = None
         self.begin_snapshot: BeginSnapshot | None = None
+        self.begin_last_state: BeginSnapshot | None = None
         self.notes: list[tuple[str, str]] = []
         self.watch: Callable[[bool], None] = lambda waits: None
         self.snapshot_count = 0
@@ -151,6 +153,12 @@ class Keeper:
             return False
         finally:
             self.watch(False)
+
+    def keep_last_state(self, member: Member) -> bool:
+        """See :class:`raftfleet.core.durable.Disk`. Until it is done, the newest stored snapshot is what is left."""
+        if self.begin_last_state is None:
+            return False
+        return self.begin_last_state(member, self.store.reserve_generation())
 
     def open_snapshot(self, uid: int, index_min: int) -> StoredSource | None:
         """See :class:`raftfleet.core.durable.Disk`."""
@@ -377,6 +385,16 @@ class Keeper:
         if self.store.adopt_if_newer(info):
             self.snapshot_count += 1
             self._failed_us.pop(info.uid, None)
+
+    def last_state_made(self, info: SnapshotInfo) -> None:
+        """A snapshot begun by :attr:`begin_last_state` is in its place, durable."""
+        self._looked_at_us = 0
+        self.store.archive(info)
+
+    def last_state_failed(self, name: str, why: str) -> None:
+        """A snapshot begun by :attr:`begin_last_state` came to nothing."""
+        self._looked_at_us = 0
+        self._note("error", f"group {name} was removed, and its last state could not be kept: {why}")
 
     # ------------------------------------------------------------------ facts
 

@@ -584,6 +584,13 @@ class ShardStore:
         for _, oldest in sorted(kept)[:-ARCHIVE_FILES_MAX]:
             files.unlink(f"{archive}/{oldest}")
 
+    def archive(self, info: SnapshotInfo) -> None:
+        """The last state of a group that is gone, which was written elsewhere, is durable: it is what is kept of it."""
+        try:
+            self._archive_file(info.path)
+        except OSError as error:
+            self.problems.append(f"cannot move a removed group's snapshot to {self.path}/archive: {error}")
+
     def archived_snapshot(self, uid: int) -> tuple[str, int]:
         """Path and index of the snapshot that a removed or damaged member left in the archive; ``("", 0)``: none."""
         archive = f"{self.path}/archive"

@@ -6,8 +6,10 @@ import msgpack
 import pytest
 from core.disks import DurableCluster
 
+from raftfleet.core.member import Member
+from raftfleet.core.shard import ShardSettings
 from raftfleet.storage import store as store_module
-from raftfleet.storage.snapshots import parse_name
+from raftfleet.storage.snapshots import parse_name, write_snapshot
 from raftfleet.wire.exported import ExportedState
 
 
@@ -104,3 +106,48 @@ def test_a_state_that_cannot_be_dumped_does_not_keep_its_group_from_being_remove
     assert archived(cluster, leader) == []
     assert all(not shard.members for shard in cluster.shards.values())
     assert cluster.happened("snapshot_failed")
+
+
+def test_the_last_state_of_a_large_group_is_written_elsewhere_and_archived_when_it_is_there() -> None:
+    cluster = DurableCluster()
+    leader = cluster.settle()
+    cluster.command("a" * 1000)
+    cluster.run_for(1)
+    keeper = cluster.keepers[leader]
+    cluster.shards[leader].settings = ShardSettings(inline_bytes_max=100)
+    begun: list[tuple[int, int, int, bytes]] = []
+
+    def begin(member: Member, generation: int) -> bool:
+        begun.append((generation, *member.make_snapshot()))
+        return True
+
+    keeper.begin_last_state = begin
+    assert keeper.save_snapshot(1, *cluster.member(leader).make_snapshot())
+    cluster.command("b")
+    remove_everywhere(cluster)
+    (state,) = archived(cluster, leader)
+    assert msgpack.unpackb(state.state) == ["a" * 1000], "the newest stored one, until it is done"
+    (generation, index, term, data), *more = begun
+    assert not more
+    files = cluster.files[leader]
+    info = write_snapshot(files, "/data/snapshots", 1, index, term, generation, {"name": "group-1"}, data)
+    keeper.last_state_made(info)
+    (state,) = archived(cluster, leader)
+    assert (state.name, msgpack.unpackb(state.state)) == ("group-1", ["a" * 1000, "b"])
+
+
+def test_a_last_state_that_was_written_and_not_archived_yet_is_archived_by_the_next_start() -> None:
+    cluster = DurableCluster()
+    leader = cluster.settle()
+    cluster.command("a")
+    index, term, data = cluster.member(leader).make_snapshot()
+    generation = cluster.keepers[leader].store.reserve_generation()
+    cluster.shards[leader].settings = ShardSettings(inline_bytes_max=1)
+    cluster.keepers[leader].begin_last_state = lambda member, generation: True
+    remove_everywhere(cluster)
+    assert archived(cluster, leader) == []
+    write_snapshot(cluster.files[leader], "/data/snapshots", 1, index, term, generation, {"name": "group-1"}, data)
+    cluster.crash(leader)
+    cluster.restart(leader)
+    (state,) = archived(cluster, leader)
+    assert msgpack.unpackb(state.state) == ["a"]

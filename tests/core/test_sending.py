@@ -20,7 +20,7 @@ from raftfleet.core.snapshots import dump_bytes_guess
 from raftfleet.storage.arrival import SYNC_BYTES
 from raftfleet.storage.base import StoragePoisoned
 from raftfleet.storage.keeper import Keeper
-from raftfleet.testing.disk import EIO, ENOSPC, FakeFiles
+from raftfleet.testing.disk import EIO, ENOSPC, TEAR, FakeFiles
 
 CHUNK = 64
 SETTINGS = ShardSettings(chunk_bytes=CHUNK, inline_bytes_max=CHUNK)
@@ -479,6 +479,41 @@ def test_rule_04_a_crash_at_any_call_of_an_arrival_loses_nothing_that_was_acknow
         assert lone.member.state in (STATE, [])
         assert not [name for name in lone.snapshots() if name.endswith(".tmp")]
     assert calls > 8, "writes, syncs, a rename: each was tried"
+
+
+@pytest.mark.parametrize("fault", [EIO, ENOSPC, TEAR])
+def test_rule_04_whichever_call_of_an_arrival_fails_what_was_acknowledged_is_there_and_the_rest_comes_again(
+    fault: int,
+) -> None:
+    calls = 0
+    while True:
+        calls += 1
+        lone, messages = receiving(STATE, 0)
+        stop = lone.files.calls + calls
+        lone.files.plan = lambda number, name, stop=stop: fault if number == stop else None  # type: ignore[misc]
+        is_done = False
+        for _ in range(3):
+            try:
+                for message in messages:
+                    answers = lone.receive(2, message)
+                    is_done = is_done or any(m.done for m in answers if isinstance(m, SnapshotAnswer))
+                lone.keeper.work(lone.now_us)
+            except StoragePoisoned:
+                lone.files.plan = lambda number, name: None
+                lone.files.crash(random.Random(calls))
+                lone.open()
+                assert lone.member.state == STATE or not is_done
+                lone.receive(2, append(1, (0, 0), [1]))
+            lone.now_us += RETRY_US
+        was_met = lone.files.calls >= stop
+        lone.files.plan = lambda number, name: None
+        lone.power_cycle()
+        assert is_done and lone.member.state == STATE, f"call {calls}"
+        lone.turn()
+        assert not [name for name in lone.snapshots() if name.endswith(".tmp")]
+        if not was_met:
+            break
+    assert calls > 8
 
 
 def test_no_room_for_an_arrival_costs_only_the_arrival() -> None:

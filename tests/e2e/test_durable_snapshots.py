@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import psutil
 import pytest
 from e2e.conftest import APPS
 
 import raftfleet
 from raftfleet.testing import LocalFleet
+from raftfleet.wire.exported import ExportedState
 
 SHELF = raftfleet.GroupConfig("shelf:Shelf")
 CHUNK = b"x" * 400_000
@@ -101,3 +103,17 @@ def test_the_older_snapshot_does_where_the_newer_is_damaged(durable: LocalFleet)
     assert durable.connect("n1").query("shelf", "count", timeout=20.0, retry=20) == 50
     assert "damaged" in durable.nodes["n1"].log()
     assert (durable.nodes["n1"].options["data_dir"] / "shard-0" / "archive" / f"{newer.name}.damaged").exists()
+
+
+def test_the_large_last_state_of_a_removed_group_is_put_into_the_archive(durable: LocalFleet) -> None:
+    client = shelf_on(durable)
+    put(client, 20)
+    client.remove_consensus_group("shelf")
+    archive = durable.nodes["n1"].options["data_dir"] / "shard-0" / "archive"
+
+    def last_state() -> bool:
+        files = [ExportedState.unpack(path.read_bytes()) for path in archive.glob("*.snap")]
+        return [len(msgpack.unpackb(file.state, strict_map_key=False)) for file in files] == [21]
+
+    durable.wait_until(lambda: not writers(durable) and last_state(), 60.0, "the last state in the archive")
+    assert snapshots(durable) == []
