@@ -84,11 +84,12 @@ def _ask_whether_removed(member: Member) -> None:
     """A learner that hears no leader asks the voters that it knows: a pre-vote, which changes nothing there.
 
     Whoever knows that it was removed says Gone; the one sent at its removal may have been lost. One that was removed
-    before it had anything knows no voter, and asks the leader that began it; after a restart it has forgotten that one
-    too. So those are asked as well of whom the owner of the shard thinks that they hold the group now.
+    before it had anything, or when it had only times of which it was the last voter, asks the leader that began it;
+    after a restart it has forgotten that one too. So those are asked as well of whom the owner of the shard thinks that
+    they hold the group now.
     """
     message = Vote(VOTE, member.uid, member.term + 1, True, member.log.last_index, member.log.last_term, False)
-    known = member.membership.voters or (member.last_leader,)
+    known = [voter for voter in member.membership.voters if voter != member.id] or [member.last_leader]
     for peer in dict.fromkeys((*known, *member.shard.holders(member.uid))):
         if peer and peer != member.id:
             member.shard.send_saved(peer, message)

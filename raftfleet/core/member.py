@@ -236,7 +236,13 @@ class Member:
 
         The latter may hold the longest log of all: without its candidature a group whose leader was removing itself
         when it fell could have no leader ever again (thesis 4.2.2).
+
+        No vote goes to a log that ends before ``forgotten_end``, this member's for itself neither: while its leader
+        sends it the log of its former life again, configurations of old are in force, and one may have it as the only
+        voter (DESIGN 5.7).
         """
+        if (self.log.last_term, self.log.last_index) < self.forgotten_end:
+            return False
         return self.id in self.membership.voters or self.id in self.committed_membership()[1].voters
 
     # ------------------------------------------------------------------ what it does, and where

@@ -490,6 +490,23 @@ def test_rule_07_an_append_of_a_life_that_was_forgotten_is_not_answered() -> Non
     assert answer.accepted and answer.life == 9
 
 
+def test_rule_07_an_instance_that_forgot_a_log_votes_not_even_for_itself_by_a_shorter_one() -> None:
+    """While its former log comes again, configurations of old are in force: in one it was the only voter."""
+    lone = Lone()
+    alone, later = Membership.first((1,)).pack(), Membership.first((2, 1)).pack()
+    lone.receive(2, Append(1, 1, 2, 0, 0, 4, 1, 0, [Entry(1, 2, alone), *[Entry(t, 0, b"") for t in (1, 2, 2)]]))
+    lone.receive(2, Gone(9, 1, 2, 5))
+    first = Append(1, 1, 3, 0, 0, 4, 1, 6, [Entry(1, 2, alone), Entry(1, 0, b"")])
+    lone.receive(2, first)
+    assert lone.member.voters == (1,)
+    asked = [to for to, m in lone.pass_time(5) if isinstance(m, Vote)]
+    assert (lone.member.role, lone.member.term, lone.member.vote) == (FOLLOWER, 3, 2)
+    assert set(asked) == {2}, "it asks its leader whether it was removed"
+    lone.receive(2, append(3, (2, 1), [2, 2], life=6))
+    lone.receive(2, Append(1, 1, 3, 4, 2, 4, 1, 6, [Entry(3, 2, later)]))
+    assert any(isinstance(m, Vote) and m.pre for _, m in lone.pass_time(5)), "with all of it, it votes as any other"
+
+
 def test_rule_12_a_member_that_was_removed_before_it_had_anything_asks_the_leader_that_began_it() -> None:
     """It knows no voter; the Gone that was sent at its removal may have been lost."""
     lone = Lone(voters=None)
