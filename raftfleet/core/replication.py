@@ -128,6 +128,10 @@ def _send_appends(member: Member, peer: int, progress: Progress, *, empty: bool 
         if first <= log.snapshot_index:
             sending.start_snapshot(member, peer, progress)
             return
+        if first <= log.last_index and progress.in_flight >= APPENDS_IN_FLIGHT_MAX and not empty:
+            # The commit index waits too, and goes with what is sent when the next answer comes. An append for it alone
+            # at each turn would be answered, and each answer of one peer gives a turn, with an append to every other.
+            return
         entries: list[Entry] = []
         if first <= log.last_index and progress.in_flight < APPENDS_IN_FLIGHT_MAX:
             stop = log.last_index + 1

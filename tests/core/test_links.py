@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from core.harness import SECOND_US, Answer, Cluster, Lone, append
 
+from raftfleet.core import replication
 from raftfleet.core.links import group_hash
 from raftfleet.core.messages import (
     BEAT,
@@ -243,6 +245,26 @@ def test_followers_learn_the_commit_index_of_the_last_entry_within_a_beat() -> N
     sent = len(cluster.sent)
     cluster.run_for(2)
     assert not cluster.told(Append, sent), "told once"
+
+
+def test_a_full_window_breeds_no_appends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer of one peer gives a turn: an empty append to every other, answered too, would double each time."""
+    monkeypatch.setattr(replication, "APPEND_BYTES_MAX", 1)
+    monkeypatch.setattr(replication, "APPENDS_IN_FLIGHT_MAX", 2)
+    cluster = Cluster()
+    leader = cluster.settle()
+    far = max({1, 2, 3} - {leader})
+    cluster.hold(lambda a, b, m: a == far and isinstance(m, AppendAnswer))
+    sent = len(cluster.sent)
+    for number in range(9):
+        cluster.propose(leader, number)
+    cluster.run_for(0.01)
+    appends = [m for _, to, m in cluster.sent[sent:] if to == far and isinstance(m, Append)]
+    assert appends and all(m.entries for m in appends), "what is committed waits, as what is appended does"
+    cluster.heal()
+    cluster.release()
+    cluster.run_for(1)
+    assert len(cluster.state(far)) == 9
 
 
 def test_a_read_that_waits_on_a_slow_link_asks_once() -> None:
