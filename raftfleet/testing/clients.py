@@ -155,10 +155,15 @@ class SimClient:
         unanswered[call.seq] = None
         acked = next(iter(unanswered)) - 1
         issued_us = WALL_EPOCH_US + simulation.queue.now_us
-        arg = msgpack.packb([call.operation, kind, key, value])
+        arg = msgpack.packb([call.operation, kind, key, value, *self._padding()])
         call.data = msgpack.packb([self.client_id, call.seq, acked, issued_us, arg])
         self._call(call)
         return call
+
+    def _padding(self) -> list[bytes]:
+        """What makes commands as large as the options say."""
+        size_bytes = self._simulation.options.pad_bytes
+        return [self._rng.randbytes(size_bytes)] if size_bytes else []
 
     def query(self, uid: int, key: int, is_stale: bool, attempts_max: int = 4) -> Call:
         """Begin a query."""

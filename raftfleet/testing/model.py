@@ -8,7 +8,7 @@ commands 1 to v. Every answer carries ``[version, chain, value]``. This makes th
 * an operation that takes effect twice is seen by its id (exactly-once);
 * an answer whose version is below one that had been answered before the operation began is not linearizable.
 
-Command arguments: ``[operation id, kind, key, value]`` with the kinds of
+Command arguments: ``[operation id, kind, key, value]``, and what pads them, with the kinds of
 :func:`raftfleet.testing.linearizability.register_model` and ``"fail"``, which raises. Queries: ``["get", key]``.
 """
 
@@ -116,7 +116,7 @@ class RegistersMachine(StateMachine):
 
     def command(self, state: ModelState, arg: list[Any]) -> tuple[list[Any], ModelState]:
         """Apply; the answer is ``[version, chain, value]``."""
-        operation, kind, key, value = arg
+        operation, kind, key, value = arg[:4]
         if kind == "fail":
             raise ValueError(f"operation {operation} was told to fail")
         if operation in state.seen:

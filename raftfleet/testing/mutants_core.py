@@ -322,6 +322,30 @@ IDENTITY = (
         profile="changes",
     ),
     mutant(
+        "candidate-by-the-present-log-only",
+        "5.7",
+        "a member that was added again campaigns before it holds what it once held",
+        (
+            "core.member:Member.may_campaign",
+            "if (self.log.last_term, self.log.last_index) < self.forgotten_end:",
+            "if False:",
+        ),
+        _SMALL_APPENDS,
+        profile="changes",
+    ),
+    mutant(
+        "vote-by-the-present-log-only",
+        "5.7",
+        "a member that was added again votes for others as if it had never held more than now",
+        (
+            "core.election:on_vote",
+            ">= max((log.last_term, log.last_index), member.forgotten_end)",
+            ">= (log.last_term, log.last_index)",
+        ),
+        _SMALL_APPENDS,
+        profile="changes",
+    ),
+    mutant(
         "vote-of-an-earlier-life-forgotten",
         "5.7",
         "an instance that was removed and added again forgets term and vote",
@@ -358,7 +382,7 @@ ELECTIONS = (
         "5.8",
         "a refusal does not teach the higher term that it carries",
         ("core.election:on_vote_answer", "if not m.granted and m.term > member.term:", "if False:"),
-        profile="partitions",
+        profile="usurpers",
     ),
     mutant(
         "no-check-quorum",
@@ -389,6 +413,20 @@ ELECTIONS = (
             "now_us - link.heard_us >= member.election_timeout_us // 4",
         ),
         profile="leases",
+    ),
+    mutant(
+        "promise-ends-with-following",
+        "5.8, 5.10",
+        "who ceases to follow a leader forgets when it last heard it over their link",
+        ("core.roles:follow", "        member.heard_us = member.heard_leader_us()\n", ""),
+        profile="lease quarrels",
+    ),
+    mutant(
+        "promise-by-an-old-clock",
+        "5.10",
+        "a member that stood still before it took a message promises by the clock from before",
+        ("core.shard:Shard.clock_read", "if now_us > self.now_us:", "if False:"),
+        profile="stopped",
     ),
     mutant(
         "handed-over-to-one-that-lags",
@@ -422,6 +460,13 @@ ELECTIONS = (
             "pass",
         ),
         profile="changes",
+    ),
+    mutant(
+        "empty-member-asks-nobody",
+        "5.12",
+        "a member that was removed before it had anything asks nobody whether it was",
+        ("core.leaderless:_ask_whether_removed", "or (member.last_leader,)", "or ()"),
+        profile="abandoned",
     ),
     mutant(
         "silence-is-death",
@@ -540,7 +585,25 @@ LINKS = (
         "6",
         "digests that differ are never resolved by lists",
         ("core.shard:Shard._on_beat_answer", "link.mismatch_count >= MISMATCHES_BEFORE_LIST", "False"),
-        profile="partitions",
+        profile="durable idle",
+    ),
+    mutant(
+        "list-is-not-heard",
+        "6",
+        "a list confirms, and does not count as hearing the leader",
+        ("core.shard:Shard._on_link_list", "link.heard_us = self.now_us", "pass"),
+        profile="stopped",
+    ),
+    mutant(
+        "stamp-of-an-earlier-term",
+        "6",
+        "an answer to an append of an earlier term carries the stamp of it",
+        (
+            "core.own_log:on_append",
+            "teach_term(member, sender, m.prev_index, m.life)",
+            "_answer_append(member, sender, m, False, m.prev_index, 0, 0)",
+        ),
+        profile="quarrels",
     ),
     mutant(
         "commit-index-is-not-told",

@@ -23,7 +23,7 @@ MUTANTS: tuple[Mutant, ...] = (
             "if crc_extend(length, data[offset + 8 : offset + length]) != crc:",
             "if crc < 0:",
         ),
-        profile=_STORMS,
+        profile="durable torn",
     ),
     mutant(
         "vote-not-saved",
@@ -45,7 +45,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "5.6",
         "of two changes of a log in one turn only the first one's place is remembered",
         ("core.durable:DurableShard.save_entries", "if low is None or first < low:", "if low is None:"),
-        profile="durable quarrels",
+        profile="durable stranded",
     ),
     mutant(
         "removed-life-not-saved",

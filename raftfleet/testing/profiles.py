@@ -28,6 +28,13 @@ class SimulationOptions:
         crash_all_rate: power fails everywhere at once (durable only).
         disk_full_rate, disk_error_rate: a disk has no room for a while; a call of it fails (durable only).
         isolate_rate: a leader is stopped in the middle of a turn and cut off from the others.
+        usurp_rate: a new leader falls for good right after its election, and its only voter's log lacks entries.
+        strand_rate: a follower that alone heard a cut-off leader takes the next one's word in the same turn, and dies.
+        abandon_rate: a learner is removed before it has anything, while it is cut off.
+        place_counts: how many places there may be; each as likely.
+        replicas: how many voters a group may begin with; each as likely.
+        pad_bytes: added to each command.
+        calm_us: after healing nobody writes for so long; then every link must confirm.
         weathers: kinds of the network's phases: ``mixed``, ``lossy``, ``unordered``, ``cuts``, ``slow``, ``quarrel``.
         phase_s: shortest and longest phase.
         drift: how far apart the rates of two clocks may be.
@@ -55,6 +62,13 @@ class SimulationOptions:
     disk_error_rate: float = 0.03
     pause_rate: float = 0.08
     isolate_rate: float = 0.01
+    usurp_rate: float = 0.0
+    strand_rate: float = 0.0
+    abandon_rate: float = 0.0
+    place_counts: tuple[int, ...] = (3, 3, 3, 4, 4, 5)
+    replicas: tuple[int, ...] = (3, 3, 3, 3, 5, 1)
+    pad_bytes: int = 0
+    calm_us: int = 0
     transfer_rate: float = 0.08
     move_rate: float = 0.08
     replace_group_rate: float = 0.015
@@ -213,10 +227,64 @@ _ALL = (
     _profile("durable full", is_durable=True, crash_rate=0.3, disk_full_rate=0.4, move_rate=0.02),
     _profile("durable leases", is_durable=True, crash_rate=0.5, lease_share=1.0, eagerness=0.9, weathers=("cuts",)),
 )
-PROFILES: dict[str, SimulationOptions] = {profile.name: profile for profile in _ALL}
+_PEACE: dict[str, object] = {
+    "crash_rate": 0.0,
+    "pause_rate": 0.0,
+    "isolate_rate": 0.0,
+    "transfer_rate": 0.0,
+    "move_rate": 0.0,
+    "replace_group_rate": 0.0,
+    "lose_disk_rate": 0.0,
+    "crash_all_rate": 0.0,
+    "disk_full_rate": 0.0,
+    "disk_error_rate": 0.0,
+}
+DIRECTED = (
+    _profile(
+        "usurpers",
+        **{**_PEACE, "network_faults": False, "usurp_rate": 0.15, "place_counts": (3,), "replicas": (3,)},
+        fault_us=30 * SECOND_US,
+        think_us=(100_000, 200_000),
+    ),
+    _profile(
+        "durable stranded",
+        **{**_PEACE, "network_faults": False, "strand_rate": 0.3, "place_counts": (5,), "replicas": (5,)},
+        is_durable=True,
+        fault_us=20 * SECOND_US,
+        think_us=(50_000, 100_000),
+        entries_kept=(1000,),
+    ),
+    _profile(
+        "abandoned",
+        **{**_PEACE, "network_faults": False, "abandon_rate": 0.2, "place_counts": (5,), "replicas": (3,)},
+        fault_us=30 * SECOND_US,
+        think_us=(100_000, 200_000),
+        entries_kept=(1,),
+        chunk_bytes=100,
+    ),
+    _profile(
+        "durable torn",
+        **{**_PEACE, "crash_rate": 1.0, "crash_all_rate": 0.1},
+        is_durable=True,
+        fault_us=30 * SECOND_US,
+        weathers=("lossy",),
+        think_us=(50_000, 100_000),
+        pad_bytes=2_500,
+    ),
+    _profile(
+        "durable idle",
+        **{**_PEACE, "crash_rate": 0.3, "crash_all_rate": 0.05},
+        is_durable=True,
+        weathers=("lossy", "cuts"),
+        think_us=(60_000_000,),
+        calm_us=5 * SECOND_US,
+    ),
+)
+"""Each leads straight to one rare meeting of faults, which the others find by chance or not at all."""
+PROFILES: dict[str, SimulationOptions] = {profile.name: profile for profile in (*_ALL, *DIRECTED)}
 """Kinds of trouble. ``mixed`` has a little of each."""
 
-_DRAWN = ("mixed",) * 4 + ("durable",) * 3 + tuple(PROFILES)
+_DRAWN = ("mixed",) * 4 + ("durable",) * 3 + tuple(profile.name for profile in _ALL)
 
 
 def options_of(seed: int) -> SimulationOptions:

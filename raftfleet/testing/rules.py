@@ -27,6 +27,7 @@ from typing import Any
 from raftfleet.core.change import CAUGHT_UP_ENTRIES
 from raftfleet.core.membership import Membership
 from raftfleet.core.messages import APPEND, COMMANDS, CONFIG, TIMEOUT_NOW, VOTE, VOTE_ANSWER
+from raftfleet.core.roles import CANDIDATE
 from raftfleet.testing.model import Violation
 
 QUORUM_SILENCE_TIMEOUTS = 3
@@ -193,8 +194,20 @@ class RuleChecker:
         born = self._born.setdefault(uid, set())
         if member.lead is not None or member.vote == instance:
             born.add(member.term)
+            if member.lead is not None or member.role == CANDIDATE:
+                self._check_candidate(instance, uid, member)
         elif member.term and member.term not in born:
             raise Violation(f"pre-vote: {instance} is in term {member.term} of group {uid}, which no candidate began")
+
+    def _check_candidate(self, instance: int, uid: int, member: Any) -> None:
+        """Its vote for itself binds as any other does."""
+        end = member.lead.noop_index - 1 if member.lead is not None else member.last_index
+        term = member.log.term_at(end)
+        if -1 < term and (term, end) < member.forgotten_end:
+            raise Violation(
+                f"identity: {instance} campaigns in group {uid} with a log that ends at {(term, end)}, and held"
+                f" {member.forgotten_end} in its former life"
+            )
 
     def _check_leader(self, key: tuple[int, int], member: Any) -> None:
         instance, uid = key

@@ -48,6 +48,9 @@ def draw_schedule(seed: int, options: SimulationOptions) -> list[Fault]:
         ("move", options.move_rate),
         ("replace_group", options.replace_group_rate),
         ("clock", options.clock_rate),
+        ("usurp", options.usurp_rate),
+        ("strand", options.strand_rate),
+        ("abandon", options.abandon_rate),
     ]
     if options.is_durable:
         rates += [

@@ -20,6 +20,7 @@ from raftfleet.testing.model import RegistersMachine, Violation
 from raftfleet.testing.network import SimNetwork
 from raftfleet.testing.profiles import SimulationOptions
 from raftfleet.testing.promises import PromiseChecker
+from raftfleet.testing.restarts import RestartChecker
 from raftfleet.testing.rules import RuleChecker
 from raftfleet.testing.schedule import Fault
 from raftfleet.testing.shards import SimShard
@@ -70,13 +71,14 @@ class ClusterLayer:
         self.operator_rng = random.Random(rng.getrandbits(64))
         self.client_rng = random.Random(rng.getrandbits(64))
         self.queue = EventQueue()
-        self.place_count: int = rng.choice((3, 3, 3, 4, 4, 5))
+        self.place_count: int = rng.choice(options.place_counts)
         self.network = SimNetwork(self.queue, rng, self.place_count, self._deliver)
         self.cluster = ClusterChecker()
         self.rules = RuleChecker(self.member_of, self.is_lost, self._local_us)
         self.rules.are_leases_safe = options.drift <= options.drift_margin or not options.lease_share
         self.promises = PromiseChecker(self.member_of)
         self.promises.are_leases_safe = self.rules.are_leases_safe
+        self.restarts = RestartChecker()
         self.history = HistoryChecker()
         self.operations: list[Operation] = []
         self.counts: dict[str, int] = {}
@@ -195,6 +197,7 @@ class ClusterLayer:
         self._tokens[instance] = {}
         self.promises.started(instance, shard.clock, self.queue.now_us)
         if isinstance(shard, DurableSimShard) and shard.restored:
+            self.restarts.came_back(instance, shard.restored)
             self.tell(f"instance {instance} is back, with groups {sorted(shard.restored)}")
             self.count("restart with members")
         else:
@@ -224,6 +227,11 @@ class ClusterLayer:
     def _take_down(self, shard: SimShard, how: str, down_us: int) -> None:
         """The process ends; after ``down_us`` the place starts again."""
         self.tell(f"instance {shard.instance} {how}")
+        if isinstance(shard, DurableSimShard):
+            if shard.is_between_turns:
+                self.restarts.ended(shard.instance, shard.core)
+            else:
+                self.restarts.forget(shard.instance)
         shard.kill()
         self.shards[shard.place] = None
         self.rules.forget_instance(shard.instance)
@@ -235,6 +243,7 @@ class ClusterLayer:
         """An instance is gone for good, with all it knew."""
         self._take_down(shard, "is gone", down_us)
         self._lost.add(shard.instance)
+        self.restarts.forget(shard.instance)
         self._disks[shard.place] = None
         self.cluster.forget_instance(shard.instance)
 

@@ -116,6 +116,11 @@ class DurableSimShard(SimShard):
         except StoragePoisoned as error:
             self._die(f"its disk fails: {error}")
 
+    @property
+    def is_between_turns(self) -> bool:
+        """Whether it has done all that a turn begins, with the disk too."""
+        return not (self.is_dead or self._is_mid_turn)
+
     def resume(self) -> None:
         """See :class:`SimShard`."""
         try:

@@ -231,6 +231,107 @@ class FaultLayer(OperatorLayer):
         for shard in self.live_shards():
             shard.clock.set_rate(self.queue.now_us, self.draw_rate_ppm(rng))
 
+    # -- a chain of faults that meets by chance once in a million years ---------------------------------------------
+
+    def _fault_usurp(self, rng: random.Random) -> None:
+        """A leader has told one follower more than the other; that one wins the other's vote, and falls for good.
+
+        Left are a member with the longest log, and one that knows a higher term. Neither can do without the other.
+        """
+        uid = rng.choice(self.group_uids)
+        leader = self.leader_of(uid)
+        voters = self._voters_elsewhere(leader, uid)
+        if leader is None or len(voters) != 2 or any(shard is None for shard in self.shards):
+            return
+        heir, laggard = rng.sample(voters, 2)
+        self.count("usurped")
+        self.tell(f"group {uid}: {laggard.instance} is cut off, then its leader {leader.instance}")
+        self._cut_off(laggard.place, (heir.place, leader.place))
+        delay_us = int((0.2 + 0.3 * rng.random()) * SECOND_US)
+        self.queue.after(delay_us, self._usurp, uid, leader, heir, laggard, self.queue.now_us + 6 * SECOND_US)
+
+    def _usurp(self, uid: int, leader: SimShard, heir: SimShard, laggard: SimShard, until_us: int) -> None:
+        self._cut_off(leader.place, (heir.place, laggard.place))
+        self._mend([(heir.place, laggard.place), (laggard.place, heir.place)])
+        self._await_usurper(uid, leader, heir, laggard, until_us)
+
+    def _await_usurper(self, uid: int, leader: SimShard, heir: SimShard, laggard: SimShard, until_us: int) -> None:
+        shards = (leader, heir, laggard)
+        members = [None if shard.is_dead else shard.core.members.get(uid) for shard in shards]
+        first, second, third = (member.term if member is not None else -1 for member in members)
+        if third == second > first >= 0 and self._is_survivable(heir):
+            self.tell(f"instance {heir.instance} was just elected, and is lost")
+            self._lose(heir, SECOND_US)
+        elif self.queue.now_us < until_us and self.faults_on:
+            self.queue.after(200, self._await_usurper, uid, leader, heir, laggard, until_us)
+            return
+        self._mend(self.network.pairs())
+
+    def _fault_strand(self, rng: random.Random) -> None:
+        """A leader is cut off with one follower, which is stopped a little later and thus hears the next leader too.
+
+        What the first told it and what the second takes back of that come to effect in one turn; then it is killed.
+        """
+        uid = rng.choice(self.group_uids)
+        leader = self.leader_of(uid)
+        voters = self._voters_elsewhere(leader, uid)
+        if leader is None or len(voters) < 4 or any(shard is None for shard in self.shards):
+            return
+        victim = voters.pop(int(rng.random() * len(voters)))
+        self.count("stranded")
+        self.tell(f"group {uid}: its leader {leader.instance} is cut off from all but {victim.instance}")
+        self._cut_off(leader.place, tuple(shard.place for shard in voters))
+        self._cut_off(victim.place, tuple(shard.place for shard in voters))
+        self.queue.after(SECOND_US // 5, self._stop_stranded, victim, [shard.place for shard in voters])
+
+    def _stop_stranded(self, victim: SimShard, others: list[int]) -> None:
+        victim.pause(within_turn=False)
+        for place in others:
+            self._mend([(victim.place, place), (place, victim.place)])
+        self.queue.after(4 * SECOND_US, self._wake_stranded, victim)
+
+    def _wake_stranded(self, victim: SimShard) -> None:
+        victim.resume()
+        self._mend(self.network.pairs())
+        if not victim.is_dead and isinstance(victim, DurableSimShard):
+            self._take_down(victim, "is killed; its disk keeps all that was written", SECOND_US)
+            victim.files.kill()
+
+    def _fault_abandon(self, rng: random.Random) -> None:
+        """A learner is cut off when it has begun and has nothing yet, and removed while nobody can tell it so."""
+        uid = rng.choice(self.group_uids)
+        leader = self.leader_of(uid)
+        strangers = [s for s in self.live_shards() if uid not in s.core.members and not s.is_paused]
+        if leader is None or leader.is_paused or not strangers:
+            return
+        stranger = rng.choice(strangers)
+        self._change(leader, uid, "add_learner", stranger.instance)
+        self._await_learner(uid, leader, stranger, self.queue.now_us + SECOND_US)
+
+    def _await_learner(self, uid: int, leader: SimShard, stranger: SimShard, until_us: int) -> None:
+        member = stranger.core.members.get(uid)
+        if stranger.is_dead or leader.is_dead or self.queue.now_us > until_us or (member is not None and member.voters):
+            return
+        if member is None:
+            self.queue.after(200, self._await_learner, uid, leader, stranger, until_us)
+            return
+        self.count("abandoned")
+        self.tell(f"instance {stranger.instance} has begun in group {uid} with nothing, and is cut off")
+        self._cut_off(stranger.place, tuple(place for place in range(self.place_count) if place != stranger.place))
+        self.queue.after(3 * SECOND_US, self._mend, self.network.pairs())
+
+    def _cut_off(self, place: int, others: tuple[int, ...]) -> None:
+        for other in others:
+            self.network.cut(place, other)
+            self.network.cut(other, place)
+
+    def _voters_elsewhere(self, leader: SimShard | None, uid: int) -> list[SimShard]:
+        """The shards of a leader's other voters, those that run."""
+        if leader is None or leader.is_paused:
+            return []
+        voters = leader.core.members[uid].voters
+        return [s for s in self.live_shards() if s.instance in voters and s is not leader and not s.is_paused]
+
     # -- the operator's whims --------------------------------------------------------------------------------------
 
     def _fault_transfer(self, rng: random.Random) -> None:

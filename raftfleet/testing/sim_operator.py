@@ -39,11 +39,11 @@ class OperatorLayer(ClusterLayer):
     """See the module's text."""
 
     def _add_group(self, rng: random.Random) -> None:
+        options = self.options
         places = [place for place in range(self.place_count) if self.shards[place] is not None]
-        replicas = min(len(places), rng.choice((3, 3, 3, 3, 5, 1)))
+        replicas = min(len(places), rng.choice(options.replicas))
         self._last_uid += 1
         uid = self._last_uid
-        options = self.options
         has_lease = rng.random() < options.lease_share
         config = GroupConfig(
             machine="simulated:Registers",

@@ -44,6 +44,9 @@ several dead members may have to be replaced first, one change at a time."""
 REST_US = 6 * SECOND_US + RETRY_US + LONGEST_US
 """... and be at rest after this more: a snapshot may have come to nothing at the very end of the faults."""
 
+LINK_CONFIRMS_WITHIN_BEATS = 6
+"""Three that differ, a list, what it leads to, and the next one."""
+
 SETTLE_WITHIN_US = 40 * SECOND_US
 """... and have exactly the members that the operator wants, all equal, within this."""
 
@@ -189,6 +192,9 @@ class Simulation(FaultLayer):
                 files.plan = lambda number, name: None
         for shard in self.live_shards():
             shard.resume()
+        if self.options.calm_us:
+            self.queue.run_until(self.queue.now_us + self.options.calm_us)
+            self._check_links()
         deadline_us = self.queue.now_us + SERVE_WITHIN_US
         probes: dict[int, tuple[Call, Call]] = {uid: self._probe(uid) for uid in self.group_uids}
 
@@ -222,6 +228,18 @@ class Simulation(FaultLayer):
             client.command(uid, "add", 0, 1, attempts_max=100),
             client.query(uid, 0, is_stale=False, attempts_max=100),
         )
+
+    def _check_links(self) -> None:
+        """All is well: who leads over a link is told by each answer that it is followed there (DESIGN 6)."""
+        for shard in self.live_shards():
+            for link in shard.core.links.values():
+                silent_us = shard.clock.local_us(self.queue.now_us) - link.ok_stamp
+                if link.led and self.place_of_instance(link.peer) >= 0:
+                    if silent_us > LINK_CONFIRMS_WITHIN_BEATS * self.options.beat_interval_us:
+                        raise Violation(
+                            f"links: in peace {link.peer} has not confirmed the groups that {shard.instance} leads for"
+                            f" {silent_us / SECOND_US:.1f} s"
+                        )
 
     def _run_while(self, condition: Any, deadline_us: int) -> None:
         while condition() and self.queue.now_us < deadline_us:

@@ -52,6 +52,7 @@ class World:
             commit=0,
             last_index=log.last_index,
             lead=None,
+            role="follower",
             voters=FIRST.voters,
             learners=(),
             membership=FIRST,
@@ -304,3 +305,13 @@ def test_a_vote_for_a_log_shorter_than_that_of_the_voters_former_life_is_noticed
     world.members[2].forgotten_end = (1, 3)
     with pytest.raises(Violation, match="in its former life"):
         world.checker.sent(2, 1, [VoteAnswer(VOTE_ANSWER, 7, 3, False, True)])
+
+
+def test_a_candidate_whose_log_is_shorter_than_in_its_former_life_is_noticed() -> None:
+    world = World()
+    for instance, end in ((1, (1, 2)), (2, (1, 3))):
+        candidate = world.add(instance, [1, 1], term=instance + 1, vote=instance)
+        candidate.role, candidate.forgotten_end = "candidate", end
+    world.step(1)
+    with pytest.raises(Violation, match="identity: 2 campaigns in group 7"):
+        world.step(2)
