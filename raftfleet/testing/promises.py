@@ -76,6 +76,7 @@ class PromiseChecker:
         if process is not None:
             for uid, known in process.followed.items():
                 self._followed_until(instance, uid, known, now_us)
+            self._passed_by(instance, process, {}, now_us)  # it may have ended in the middle of a turn
             for key in [key for key in self._claims if key[0] == instance]:
                 del self._claims[key]
 

@@ -126,6 +126,17 @@ def test_a_process_that_began_since_promised_nothing_and_followed_before() -> No
         world.believe(80_001, 65_000)
 
 
+def test_a_process_that_ended_in_the_middle_of_a_turn_may_have_followed_in_it() -> None:
+    world = World()
+    world.step(PEER)
+    world.checker.arrived(LEADER, PEER, [Append(APPEND, 7, 3, 0, 0, 0, 1, 0, [])])
+    world.checker.ended(PEER, 40_000)
+    del world.members[PEER]
+    world.believe(41_000, 39_000)
+    with pytest.raises(Violation, match="confirmation"):
+        world.believe(42_000, 41_000)
+
+
 def test_a_vote_given_while_the_newest_leader_counts_on_the_voter_is_noticed() -> None:
     world = World()
     world.follow(50_000, 50_000)
