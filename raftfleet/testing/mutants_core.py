@@ -465,7 +465,7 @@ ELECTIONS = (
         "empty-member-asks-nobody",
         "5.12",
         "a member that was removed before it had anything asks nobody whether it was",
-        ("core.leaderless:_ask_whether_removed", "or (member.last_leader,)", "or ()"),
+        ("core.leaderless:_ask_whether_removed", "or [member.last_leader]", "or []"),
         profile="abandoned",
     ),
     mutant(
