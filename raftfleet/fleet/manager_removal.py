@@ -108,7 +108,8 @@ class ManagerRemoval(ManagerRpcs):
         elif not short:
             sentences.append(
                 "every node that is known answers, so there may be one soon; if not, see 'raftfleet-node status' on "
-                "each of them: a disk that is full, or hangs, keeps its node from voting"
+                "each of them: a disk that is full, or hangs, keeps its node from voting; and 'raftfleet-node repair "
+                "--dry-run', which names members whose records are damaged"
             )
         return "; ".join(sentences)
 

@@ -154,7 +154,7 @@ def verify(directory: Path, as_json: bool) -> None:
     A torn tail is no damage: it is what a write that never ended left, and nobody was told that it had.
     """
     from raftfleet.storage import inspect
-    from raftfleet.storage.base import StorageError
+    from raftfleet.storage.base import StorageError, StorageTooNew
 
     reports: list[dict[str, Any]] = []
     missing = _missing(directory)
@@ -165,10 +165,15 @@ def verify(directory: Path, as_json: bool) -> None:
             report = inspect.verify(path)
         except StorageError as error:
             report = {"ok": False, "damaged": [{"uid": None, "what": str(error)}], "groups": [], "torn_tail_bytes": 0}
+            if isinstance(error, StorageTooNew):
+                report["too_new"] = True
         report = {"shard": name, **report}
         reports.append(report)
         _print_line(report) if as_json else _print_report(report)
     if missing or not all(report["ok"] for report in reports):
+        if any(report.get("too_new") for report in reports):
+            say("Next: nothing is known to be damaged: look at it with the newer raftfleet that wrote it.")
+            click.get_current_context().exit(EXIT_FAILED)
         refused = any(damage["uid"] is not None for report in reports for damage in report["damaged"])
         what_then = (
             "A start refuses the groups that are named, and their members come back from the other nodes"
@@ -207,7 +212,7 @@ def _lost_report(name: str, what: str) -> dict[str, Any]:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    verdict = "whole" if report["ok"] else "DAMAGED"
+    verdict = "whole" if report["ok"] else ("of a newer raftfleet" if report.get("too_new") else "DAMAGED")
     instance = f", instance {report['instance']:016x}" if "instance" in report else ""
     torn = f", torn tail of {report['torn_tail_bytes']} bytes" if report["torn_tail_bytes"] else ""
     click.echo(f"shard {report['shard']}: {verdict}{instance}, {len(report['groups'])} groups{torn}")

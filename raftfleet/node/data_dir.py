@@ -28,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from raftfleet.errors import NodeError
+from raftfleet.storage.base import StorageError
+from raftfleet.storage.directory import check_owner
+from raftfleet.storage.files import OsFiles
 
 FORMAT = 1
 LAYOUT_NAME = "layout"
@@ -85,18 +88,31 @@ class DataDir:
                 )
             lock_fd = _lock(path, wait_s)
             try:
+                _check_shards(path, node)
                 workers_before = _check_layout(path, node, workers)
             except BaseException:
                 os.close(lock_fd)
                 raise
         except OSError as error:
-            raise DataDirRefused(f"{path} cannot be used: {error.strerror}") from error
+            raise DataDirRefused(
+                f"{path} cannot be used: {error.strerror}: make it a directory of this user's, or name another"
+                " --data-dir"
+            ) from error
         shards = shard_indexes(path)
         return cls(path, lock_fd, max(workers, shards[-1] + 1 if shards else 0), workers_before)
 
     def release(self) -> None:
         """Let others use it, once the children are gone too."""
         os.close(self._lock_fd)
+
+
+def _check_shards(path: Path, node: str) -> None:
+    """A shard's directory that its process would refuse keeps the whole node from starting and changing anything."""
+    for index in shard_indexes(path):
+        try:
+            check_owner(OsFiles(), str(shard_dir(path, index)), node)
+        except StorageError as error:
+            raise DataDirRefused(str(error)) from error
 
 
 def _check_owner(path: Path) -> None:
@@ -153,7 +169,8 @@ def read_layout(path: Path) -> dict[str, Any] | None:
         ) from error
     if form > FORMAT:
         raise DataDirRefused(
-            f"{path} was written by a newer raftfleet (format {form}); this version reads up to {FORMAT}"
+            f"{path} was written by a newer raftfleet (format {form}); this version reads up to {FORMAT}: install the"
+            " newer one again, or choose another --data-dir"
         )
     return {"format": form, "node": node, "workers": workers, "shards": shards}
 

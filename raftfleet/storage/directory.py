@@ -76,6 +76,15 @@ def claim(files: Files, path: str, node: str, fleet: bytes) -> tuple[int, Segmen
         raise
 
 
+def check_owner(files: Files, path: str, node: str) -> None:
+    """Refuse a shard's directory that :func:`claim` would refuse, without a lock and without touching anything.
+
+    Raises:
+        ForeignStorage, StorageTooNew, StorageDamaged: as :func:`claim`.
+    """
+    _identity(files, path, node, NO_FLEET)
+
+
 def _identity(files: Files, path: str, node: str, fleet: bytes) -> SegmentHeader | None:
     newest = None
     used = []
@@ -94,21 +103,32 @@ def _identity(files: Files, path: str, node: str, fleet: bytes) -> SegmentHeader
             continue
         if header.format > FORMAT:
             raise StorageTooNew(
-                f"{path} was written by a newer raftfleet (format {header.format}); this version reads up to {FORMAT}"
+                f"{path} was written by a newer raftfleet (format {header.format}); this version reads up to {FORMAT}:"
+                " install the newer one again, or choose another --data-dir"
             )
         if header.node_hash != node_hash(node):
             raise ForeignStorage(
-                f"{path} belongs to another node than {node!r} (was the node renamed, or the disk moved?)"
+                f"{path} belongs to another node than {node!r} (was the node renamed, or the disk moved?): give the"
+                " node its former --name, or choose another --data-dir"
             )
         if fleet != NO_FLEET and header.fleet not in (NO_FLEET, fleet):
-            raise ForeignStorage(f"{path} belongs to fleet {header.fleet.hex()}, this node to fleet {fleet.hex()}")
+            raise ForeignStorage(
+                f"{path} belongs to fleet {header.fleet.hex()}, this node to fleet {fleet.hex()}: put back the"
+                " directory that belongs here, or choose another --data-dir"
+            )
         if newest is not None and newest.instance != header.instance:
-            raise ForeignStorage(f"{path}/wal holds segments of two shards: {newest.instance} and {header.instance}")
+            raise ForeignStorage(
+                f"{path}/wal holds segments of two shards, {newest.instance} and {header.instance}: files of another"
+                " directory were put there; take out what does not belong"
+            )
         newest = header
     if newest is None:
         rest = [*used, *files.listdir(f"{path}/snapshots")]
         if rest and not _is_unborn(files, path, used):
-            raise StorageDamaged(f"{path} holds {rest[0]}, but no segment's header says whose it is")
+            raise StorageDamaged(
+                f"{path} holds {rest[0]}, but no segment's header says whose it is: put a copy of the directory"
+                " back, or move it away: the shard begins as a new one then, and its groups come back from other nodes"
+            )
     return newest
 
 

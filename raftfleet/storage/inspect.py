@@ -249,7 +249,10 @@ def _segments(files: Files, path: str) -> Iterator[tuple[str, int, bytes]]:
 def _known_header(path: str, name: str, data: bytes) -> SegmentHeader | None:
     header, _ = read_header(data)
     if header is not None and header.format > FORMAT:
-        raise StorageTooNew(f"{path}/wal/{name} has format {header.format}; this version reads up to {FORMAT}")
+        raise StorageTooNew(
+            f"{path}/wal/{name} has format {header.format}; this version reads up to {FORMAT}: use the newer raftfleet"
+            " that wrote it"
+        )
     return header
 
 

@@ -124,7 +124,10 @@ def read_info(files: Files, path: str, *, check: bool = True) -> tuple[SnapshotI
         if magic != MAGIC or crc_extend(form, head[_HEAD.size :]) != crc:
             raise StorageDamaged(f"{path} has a damaged header")
         if form > FORMAT:
-            raise StorageTooNew(f"{path} has format {form}; this version of raftfleet reads up to {FORMAT}")
+            raise StorageTooNew(
+                f"{path} has format {form}; this version of raftfleet reads up to {FORMAT}:"
+                " use the newer one that wrote it"
+            )
         uid, index, term, generation, meta_size, size, data_crc = _FIELDS.unpack_from(head, _HEAD.size)
         if files.size(handle) != HEADER_BYTES + meta_size + size:
             raise StorageDamaged(f"{path} has {files.size(handle)} bytes, not {HEADER_BYTES + meta_size + size}")

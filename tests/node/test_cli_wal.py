@@ -322,7 +322,8 @@ def test_a_newer_format_is_said_and_not_guessed_at(data_dir: Path) -> None:
     path.write_bytes(pack_header(SegmentHeader(99, 70, 1, 1, bytes(16), bytes(64))) + data[DATA_START:])
     done = run("verify", data_dir / "shard-0")
     assert done.exit_code == 1
-    assert "format 99" in done.stdout
+    assert "format 99" in done.stdout and "of a newer raftfleet" in done.stdout and "DAMAGED" not in done.stdout
+    assert "use the newer raftfleet" in done.stdout and "nothing is known to be damaged" in done.stderr
     done = run("dump", data_dir / "shard-0")
     assert done.exit_code == 1
     assert "format 99" in done.stderr

@@ -17,6 +17,7 @@ from raftfleet.node.data_dir import (
     was_there,
     write_layout,
 )
+from raftfleet.storage.records import DATA_START, SegmentHeader, node_hash, pack_header
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -96,6 +97,26 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "layout").write_text(json.dumps({"format": 2, "node": "n1", "workers": 1}))
     with pytest.raises(DataDirRefused, match="newer raftfleet"):
         DataDir.acquire(tmp_path, node="n1", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        (pack_header(SegmentHeader(2, 70, 1, 1, bytes(16), node_hash("n1"))), "install the newer one again"),
+        (pack_header(SegmentHeader(1, 70, 1, 1, bytes(16), node_hash("n2"))), "give the node its former --name"),
+    ],
+)
+def test_a_shard_that_would_be_refused_is_refused_before_anything_is_changed(
+    tmp_path: Path, header: bytes, says: str
+) -> None:
+    started(tmp_path, 2)
+    wal = shard_dir(tmp_path, 1) / "wal"
+    wal.mkdir()
+    (wal / "0000000000000001.wal").write_bytes(header + bytes(DATA_START))
+    before = contents(tmp_path)
+    with pytest.raises(DataDirRefused, match=says):
+        DataDir.acquire(tmp_path, node="n1", workers=4)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "node": 1, "workers": 1}'])
