@@ -21,7 +21,7 @@ from raftfleet.testing.local_fleet import is_settled
 
 LOAD_RATE = 1000
 """Commands per second while nodes come and go: enough to see a stall, little enough to leave CPU to six nodes."""
-SETTLED_POLL_S = 0.5
+SETTLED_POLL_S = 2.0
 """With many groups the question whether all have settled is itself a load: the nodes are not asked oftener."""
 NEW_ZONES = {"n4": "z1", "n5": "z2", "n6": "z3"}
 
