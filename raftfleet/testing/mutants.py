@@ -1,16 +1,19 @@
 """``python -m raftfleet.testing.mutants``: break every rule in turn; the simulations must notice each.
 
-For each mutant seeds are played, one after the other, until a checker speaks up. The table says which checker did and
-how many seeds it took; a mutant that survives all its seeds fails the run, for then a rule could be lost and no test
-would tell. Results go to stdout, progress to stderr.
+For each mutant seeds are played, one after the other, until checkers have spoken up in three of them, or in fewer and
+twice as many were played as the first one took. The table says in how many of how many seeds, and which checkers; a
+mutant that survives all its seeds fails the run, for then a rule could be lost and no test would tell. Results go to
+stdout (``--json``: for programs), progress to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -29,6 +32,10 @@ from raftfleet.testing.simulation import Simulation, SimulationFailure
 SEEDS_MAX = 400
 """Seeds after which a mutant counts as a survivor: four times what the hardest one needs."""
 
+NOTICES = 3
+"""Seeds in which a mutant is noticed before the next one's turn; and, after the first, not many more are played."""
+SEEDS_AFTER_FIRST = 6
+
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant for mutant in (*mutants_core.MUTANTS, *mutants_disk.MUTANTS, *mutants_fleet.MUTANTS)
 }
@@ -36,25 +43,45 @@ MUTANTS: dict[str, Mutant] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a mutant fared. ``noticed_by`` is empty for a survivor; ``report``: of the seed that noticed."""
+    """How a mutant fared.
+
+    Attributes:
+        seed_count: seeds played.
+        noticed_by: the checkers, the most frequent first, with their counts; empty for a survivor.
+        report: of the first seed that noticed.
+        noticed_count: seeds in which it was noticed.
+        first_seed: the first of these; 0 if there is none.
+    """
 
     name: str
     seed_count: int
     noticed_by: str
     report: str
     seconds: float
+    noticed_count: int = 0
+    first_seed: int = 0
 
 
-def play(name: str, seeds_max: int = SEEDS_MAX) -> Verdict:
-    """Play seeds against one mutant until it is noticed."""
+def play(name: str, seeds_max: int = SEEDS_MAX, notices: int = 1) -> Verdict:
+    """Play seeds against one mutant until it is noticed in ``notices`` of them, or that would take long."""
     mutant = MUTANTS[name]
     start = time.monotonic()
+    checkers: Counter[str] = Counter()
+    report, first_seed, seed, stop = "", 0, 0, seeds_max
     with broken(mutant.changes):
-        for seed in range(1, seeds_max + 1):
+        while seed < stop and checkers.total() < notices:
+            seed += 1
             failure = _failure(mutant, seed)
-            if failure is not None:
-                return Verdict(name, seed, failure.checker, str(failure), time.monotonic() - start)
-    return Verdict(name, seeds_max, "", "", time.monotonic() - start)
+            if failure is None:
+                continue
+            checkers[failure.checker] += 1
+            if not first_seed:
+                report, first_seed = str(failure), seed
+                stop = min(seeds_max, max(2 * seed, seed + SEEDS_AFTER_FIRST))
+    told = ", ".join(
+        f"{checker} {count}" if len(checkers) > 1 else checker for checker, count in checkers.most_common()
+    )
+    return Verdict(name, seed, told, report, time.monotonic() - start, checkers.total(), first_seed)
 
 
 def _failure(mutant: Mutant, seed: int) -> SimulationFailure | None:
@@ -68,10 +95,12 @@ def _failure(mutant: Mutant, seed: int) -> SimulationFailure | None:
     return None
 
 
-def play_all(names: Iterable[str], processes: int, seeds_max: int = SEEDS_MAX) -> Iterator[Verdict]:
+def play_all(
+    names: Iterable[str], processes: int, seeds_max: int = SEEDS_MAX, notices: int = NOTICES
+) -> Iterator[Verdict]:
     """Play many, in as many processes; yields verdicts as they come."""
     with ProcessPoolExecutor(processes) as pool:
-        for future in as_completed([pool.submit(play, name, seeds_max) for name in names]):
+        for future in as_completed([pool.submit(play, name, seeds_max, notices) for name in names]):
             yield future.result()
 
 
@@ -82,6 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only list them")
     parser.add_argument("--seeds", type=int, default=SEEDS_MAX, help="most seeds per mutant (default %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--notices", type=int, default=NOTICES, help="noticing seeds that suffice (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--reports", action="store_true", help="print what each checker said")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in MUTANTS]
@@ -103,14 +136,41 @@ def main(arguments: list[str] | None = None) -> int:
         console=Console(stderr=True),
     ) as progress:
         task = progress.add_task("mutants", total=len(names))
-        for verdict in play_all(names, options.processes, options.seeds):
+        for verdict in play_all(names, options.processes, options.seeds, options.notices):
             verdicts[verdict.name] = verdict
             progress.advance(task)
             noticed = verdict.noticed_by or "SURVIVED"
-            progress.console.print(f"{verdict.name}: {noticed}, {verdict.seed_count} seeds, {verdict.seconds:.0f} s")
+            progress.console.print(
+                f"{verdict.name}: {noticed}, {verdict.noticed_count} of {verdict.seed_count} seeds,"
+                f" {verdict.seconds:.0f} s"
+            )
             if options.reports:
                 print(f"{verdict.name}: {verdict.report or 'survived'}\n", flush=True)
+    if options.json:
+        return _tell_json([verdicts[name] for name in names])
     return _tell([verdicts[name] for name in names], time.monotonic() - start)
+
+
+def _tell_json(verdicts: list[Verdict]) -> int:
+    rows = []
+    for verdict in verdicts:
+        mutant = MUTANTS[verdict.name]
+        rows.append(
+            {
+                "name": verdict.name,
+                "rule": mutant.rule,
+                "text": mutant.text,
+                "world": mutant.world,
+                "profile": mutant.profile,
+                "noticed_by": verdict.noticed_by,
+                "noticed": verdict.noticed_count,
+                "seeds": verdict.seed_count,
+                "first_seed": verdict.first_seed,
+                "seconds": round(verdict.seconds, 1),
+            }
+        )
+    print(json.dumps(rows, indent=1))
+    return 0 if all(verdict.noticed_by for verdict in verdicts) else 1
 
 
 def _tell(verdicts: list[Verdict], seconds: float) -> int:
@@ -118,9 +178,8 @@ def _tell(verdicts: list[Verdict], seconds: float) -> int:
     for verdict in verdicts:
         mutant = MUTANTS[verdict.name]
         noticed = verdict.noticed_by or "NOBODY"
-        table.add_row(
-            verdict.name, mutant.rule, mutant.text, noticed, str(verdict.seed_count), f"{verdict.seconds:.1f}"
-        )
+        seeds = f"{verdict.noticed_count} of {verdict.seed_count}"
+        table.add_row(verdict.name, mutant.rule, mutant.text, noticed, seeds, f"{verdict.seconds:.1f}")
     width = None if sys.stdout.isatty() else 180
     Console(width=width).print(table)
     survivors = [verdict.name for verdict in verdicts if not verdict.noticed_by]

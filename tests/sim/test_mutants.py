@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from raftfleet.core.membership import Membership
@@ -55,11 +57,18 @@ def test_a_mutant_whose_text_is_not_there_says_so_and_breaks_nothing() -> None:
 
 def test_a_survivor_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     verdicts = [Verdict("learners-count", 3, "quorum", "", 0.5), Verdict("half-is-a-quorum", 9, "", "", 1.0)]
-    monkeypatch.setattr(mutants, "play_all", lambda names, processes, seeds: iter(verdicts))
+    monkeypatch.setattr(mutants, "play_all", lambda names, processes, seeds, notices: iter(verdicts))
     assert mutants.main(["learners-count", "half-is-a-quorum"]) == 1
     told = capsys.readouterr().out
     assert "NOBODY" in told
     assert "survived: half-is-a-quorum" in told
+
+
+def test_results_are_told_to_programs_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mutants.main(["learners-count", "--json", "--notices", "2", "--processes", "1"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["noticed"]) == ("learners-count", 2)
+    assert 0 < row["first_seed"] < row["seeds"] and row["noticed_by"]
 
 
 # -- cutting short ----------------------------------------------------------------------------------------------------
