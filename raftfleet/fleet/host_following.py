@@ -262,12 +262,14 @@ class FollowingLayer(RoutingLayer):
                 self._check_name(request)
 
     def _drop_guests(self) -> None:
-        """Members that were begun under another number of workers: their names are other workers' to look after."""
-        if not self._guests:
-            return
-        for uid in [uid for uid in self._guests if uid not in self.fleet.groups or not self.shard.holds(uid)]:
+        """Members that were begun under another number of workers: their names are other workers' to look after.
+
+        After a restart the fleet is known here as it was before some of them began: unknown is not removed. Given up
+        for that, a member would be begun anew from the fleet's log, without its votes and its log.
+        """
+        for uid in [uid for uid in self._guests if self.fleet.is_dead_uid(uid) or not self.shard.holds(uid)]:
             del self._guests[uid]
-            if uid not in self.fleet.groups:
+            if self.fleet.is_dead_uid(uid):
                 self._group_removed("", uid)
 
     def _group_renewed(self, uid: int) -> None:

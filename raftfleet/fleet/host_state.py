@@ -79,6 +79,7 @@ class Outputs:
             or self.upcalls
             or self.notes
             or self.exit_fresh
+            or self.exit_retired
         )
 
 

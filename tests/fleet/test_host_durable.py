@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgpack
 import pytest
 
 from raftfleet.core.config import GroupConfig
@@ -28,11 +29,11 @@ PEER = 7_000
 class Node:
     """Worker ``index`` of node n1; ``knows`` says whether its code can be imported."""
 
-    def __init__(self, files: FakeFiles | None = None, *, knows: bool = True, index: int = 1) -> None:
+    def __init__(self, files: FakeFiles | None = None, *, knows: bool = True, index: int = 1, workers: int = 2) -> None:
         self.files = files or FakeFiles()
         self.knows = knows
         self.keeper, self.found = open_keeper("/d", node="n1", new_instance=1, files=self.files, segment_bytes=1 << 16)
-        settings = HostSettings("n1", index, 2, "tcp://127.0.0.1:1")
+        settings = HostSettings("n1", index, workers, "tcp://127.0.0.1:1")
         self.host = Host(self.found.instance, settings, random.Random(1), self.make_machine, self.keeper)
         self.now_us = 1_000_000
         self.host.begin(self.now_us, 0)
@@ -64,9 +65,9 @@ class Node:
         self.host.on_feed_reset(index, state.dump())
         return self.turn()
 
-    def again(self, *, knows: bool = True, keep: float = 0.0) -> Node:
+    def again(self, *, knows: bool = True, keep: float = 0.0, workers: int = 2) -> Node:
         self.files.crash(keep=keep)
-        return Node(self.files, knows=knows, index=self.host.settings.index)
+        return Node(self.files, knows=knows, index=self.host.settings.index, workers=workers)
 
 
 def fleet_state(*groups: str, removed: tuple[str, ...] = ()) -> FleetState:
@@ -142,6 +143,24 @@ def test_a_group_removed_while_the_worker_was_down_is_forgotten_and_an_unknown_o
     node.feed(state, index=12)
     assert uid not in node.shard.members
     assert uid not in {group.uid for group in node.again().found.groups}
+
+
+def test_a_member_on_a_surplus_worker_is_not_given_up_while_its_group_is_not_known_there_yet() -> None:
+    """Found by the storm of seed 69: it was begun anew, with its vote and its log forgotten (DESIGN 5.7)."""
+    old, young = names_of_worker_1(2)
+    node = node_with_groups(old, young)
+    uid = next(uid for uid, member in node.shard.members.items() if member.name == young)
+    node = node.again(workers=1)
+    node.feed(fleet_state(old), index=10)  # worker 0 has read the log as far as this
+    member = node.shard.members[uid]
+    node.host.on_feed(11, [msgpack.packb(["remove_group", old])], 0)
+    node.turn()
+    assert set(node.shard.members.values()) == {member}
+    state = fleet_state(old, young)
+    for name in (old, young):
+        state.apply(["remove_group", name], 0)
+    node.feed(state, index=20)
+    assert node.shard.members == {}
 
 
 def test_a_removed_member_is_not_begun_anew_from_the_fleets_log_after_a_restart() -> None:
