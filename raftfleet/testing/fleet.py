@@ -36,13 +36,16 @@ from raftfleet.errors import RaftFleetError
 from raftfleet.fleet.machine import FleetState, Group
 from raftfleet.fleet.reconcile import fleet_voters
 from raftfleet.node.machines import MachineLoader
+from raftfleet.storage.base import StorageFull, StoragePoisoned
 from raftfleet.testing.checkers import ClusterChecker, HistoryChecker
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US, EventQueue
+from raftfleet.testing.disk import FakeFiles, PowerLoss
 from raftfleet.testing.model import GroupRecord, ModelState, RegistersMachine
 from raftfleet.testing.network import DROP, SimNetwork
 from raftfleet.testing.rules import RuleChecker
 from raftfleet.testing.shards import WALL_EPOCH_US
 from raftfleet.testing.sim_client import SimFleetClient
+from raftfleet.testing.sim_durable import DurableSimWorker
 from raftfleet.testing.sim_worker import Answer, Channel, SimWorker, TableRow
 from raftfleet.wire import ipc
 from raftfleet.wire.exported import ExportedState
@@ -55,6 +58,9 @@ REGISTERS = GroupConfig("sim:Registers")
 
 TEND_US = 300 * MILLISECOND_US
 PORT = 7400
+_TRACE_MASK = (1 << 48) - 1
+WORKERS_MAX = 8
+"""Of a node that is re-sharded."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class SimFleetOptions:
         slow_turn: probability that a worker's loop comes round late, by ``slow_turn_us_max`` at most: what comes
             meanwhile is taken in one turn.
         restart_us: how long a worker's process takes to be there again after it died.
+        is_durable: workers have disks: they come back as who they were, with what was saved.
         may_diverge: whether replicas may differ, and tell; else a difference is an AssertionError.
         is_checked: whether the groups' logs are checked after each turn. Not possible where a majority is given up.
     """
@@ -79,6 +86,7 @@ class SimFleetOptions:
     slow_turn_us_max: int = 20 * MILLISECOND_US
     restart_us: int = 200 * MILLISECOND_US
     is_checked: bool = True
+    is_durable: bool = False
     may_diverge: bool = False
 
 
@@ -119,6 +127,9 @@ class SimNode:
         wants_in: whether the node means to be in the fleet. Set by :meth:`SimFleet.join` and ``deactivate``.
         is_deactivating: its members are moving away; it leaves when none is left.
         broken_specs: machines that cannot be imported here.
+        disks: of its workers, by index; None: nothing was ever written there (or nothing is written at all).
+        workers_count: among how many workers the names of groups are shared out. There may be more, which hold
+            members from the time when the node had more of them (``fleet/manager_resharding.py``).
     """
 
     def __init__(self, fleet: SimFleet, name: str, zone: str, place: int, workers: int) -> None:
@@ -128,6 +139,7 @@ class SimNode:
         self.place = place
         self.workers_count = workers
         self.workers: list[SimWorker | None] = [None] * workers
+        self.disks: list[FakeFiles | None] = [None] * workers
         self.is_up = False
         self.wants_in = False
         self.is_deactivating = False
@@ -137,6 +149,7 @@ class SimNode:
         self._channels: list[Channel] = []
         self._state: FleetState | None = None
         self._tasks_due_us: dict[str, int] = {}
+        self._retired: set[int] = set()
         self._incarnation = 0
 
     # -- facts -----------------------------------------------------------------------------------------------------
@@ -199,21 +212,35 @@ class SimNode:
         self.is_up = True
         self._incarnation += 1
         self._state = None
-        for index in range(self.workers_count):
+        while len(self.workers) > self.workers_count and self.disks[-1] is None:
+            del self.workers[-1], self.disks[-1]
+        self._retired.clear()
+        for index in range(len(self.workers)):
             self.start_worker(index)
-        self._channels = [Channel(self.fleet, self._finder(index)) for index in range(self.workers_count)]
+        self._channels = [Channel(self.fleet, self._finder(index)) for index in range(len(self.workers))]
         self.fleet.queue.after(TEND_US, self._tend, self._incarnation)
 
     def _finder(self, index: int) -> Callable[[], SimWorker | None]:
-        return lambda: self.workers[index]
+        return lambda: self.workers[index] if index < len(self.workers) else None
 
     def start_worker(self, index: int) -> None:
-        """Start worker ``index`` if it is not there: a new instance."""
-        if self.is_up and self.workers[index] is None:
+        """Start worker ``index`` if it is not there: a new instance, or the one that lies on its disk."""
+        if not self.is_up or index >= len(self.workers) or self.workers[index] is not None or index in self._retired:
+            return
+        if not self.fleet.options.is_durable:
             self.workers[index] = self.fleet.new_worker(self, index)
+            return
+        files = self.disks[index] = self.disks[index] or FakeFiles()
+        try:
+            self.workers[index] = self.fleet.new_durable_worker(self, index, files)
+        except (PowerLoss, StoragePoisoned, StorageFull) as error:
+            self.fleet.count("crash in recovery")
+            self.fleet.tell(f"worker {index} of {self.name} cannot start: {type(error).__name__} {error}")
+            self._disk_stops(files)
+            self.fleet.queue.after(SECOND_US, self.start_worker, index)
 
     def kill_worker(self, index: int) -> None:
-        """SIGKILL; the supervisor starts another one."""
+        """SIGKILL; the supervisor starts another one, which finds what was written."""
         self._end_worker(index)
         self.fleet.queue.after(self.fleet.options.restart_us, self.start_worker, index)
 
@@ -222,19 +249,68 @@ class SimNode:
         if worker is not None:
             self.workers[index] = None
             worker.die()
-            self.fleet.cluster.forget_instance(worker.instance)
             self.fleet.rules.forget_instance(worker.instance)
+            if not self.fleet.options.is_durable:
+                self.fleet.cluster.forget_instance(worker.instance)
+        files = self.disks[index]
+        if files is not None:
+            files.kill()
+
+    def _disk_stops(self, files: FakeFiles, keep: float = 0.5) -> None:
+        if files.is_off:
+            files.crash(self.fleet.rng, keep=keep)
+        else:
+            files.kill()
+        files.plan = lambda number, name: None
+
+    def disk_ended(self, worker: DurableSimWorker, reason: str) -> None:
+        """A call to its disk was the last thing that a worker did."""
+        if self.workers[worker.index] is not worker:
+            return
+        is_power = worker.files.is_off
+        self.fleet.count("crash: power, in a call to the disk" if is_power else "crash: disk error")
+        self.fleet.tell(f"worker {worker.index} of {self.name} ends: {reason}")
+        self.workers[worker.index] = None
+        worker.die()
+        self.fleet.rules.forget_instance(worker.instance)
+        self._disk_stops(worker.files, worker.keep)
+        self.fleet.queue.after(self.fleet.options.restart_us, self.start_worker, worker.index)
+
+    def lose_disk(self, index: int) -> None:
+        """Worker ``index`` ends, and what it wrote is gone, or put aside: what comes after it is a stranger."""
+        worker = self.workers[index]
+        self._end_worker(index)
+        self.disks[index] = None
+        if worker is not None and self.fleet.options.is_durable:
+            self.fleet.lost.add(worker.instance)
+            self.fleet.cluster.forget_instance(worker.instance)
+        self.fleet.queue.after(self.fleet.options.restart_us, self.start_worker, index)
 
     def worker_exited(self, worker: SimWorker) -> None:
         """It has left its fleet, and starts afresh."""
         if self.workers[worker.index] is worker:
-            self.kill_worker(worker.index)
+            self.lose_disk(worker.index)
 
-    def kill(self) -> None:
-        """The machine loses its power."""
+    def worker_retired(self, worker: SimWorker) -> None:
+        """A surplus worker is not needed any more: it ends for good, and the others after it have gone or go too."""
+        self._retired.add(worker.index)
+        self.lose_disk(worker.index)
+        if all(index in self._retired for index in range(self.workers_count, len(self.workers))):
+            del self.workers[self.workers_count :], self.disks[self.workers_count :]
+            for channel in self._channels[self.workers_count :]:
+                channel.close()
+            del self._channels[self.workers_count :]
+            self._retired.clear()
+            self.fleet.count("re-sharding done")
+
+    def kill(self, *, keep: float = 0.5) -> None:
+        """The machine loses its power; each un-synced piece of its disks survives with probability ``keep``."""
         self.is_up = False
-        for index in range(self.workers_count):
+        for index in range(len(self.workers)):
             self._end_worker(index)
+            files = self.disks[index]
+            if files is not None:
+                files.crash(self.fleet.rng, keep=keep)
         for channel in self._channels:
             channel.close()
         self._channels = []
@@ -259,7 +335,7 @@ class SimNode:
         if not self.wants_in or not self.fleet.fleet_id:
             return
         self._set_fleet()
-        if 0 in self.instances:
+        if any(not instance and index not in self._retired for index, instance in enumerate(self.instances)):
             return
         state = self.state
         if state is None or not state.fleet_id:
@@ -267,6 +343,8 @@ class SimNode:
                 self.propose(["join", self.record])
             return
         mine = state.nodes.get(self.name)
+        if self._tend_resharding(state, mine):
+            return
         gone = [instance for instance in self.instances if instance in state.gone]
         if gone:
             self.leave(joins_again=state.gone[gone[0]] != "left")
@@ -328,13 +406,57 @@ class SimNode:
             self.call(0, "group_status", {"name": FLEET_GROUP}, 1000, status)
 
     def leave(self, *, joins_again: bool) -> None:
-        """Be out of the fleet: all workers start afresh."""
+        """Be out of the fleet: all workers start afresh, and what lies on their disks is put aside."""
         self.wants_in = joins_again
         self.is_deactivating = False
         self._state = None
-        for index in range(self.workers_count):
+        for index in range(len(self.workers)):
             if self.workers[index] is not None:
-                self.kill_worker(index)
+                self.lose_disk(index)
+
+    # -- re-sharding, as fleet/manager_resharding.py does it ---------------------------------------------------------
+
+    def reshard(self, workers: int) -> None:
+        """Another ``--workers`` is what this node, which is down, starts with: processes for its stores at least."""
+        assert not self.is_up and self.fleet.options.is_durable
+        self.workers_count = workers
+        more = workers - len(self.workers)
+        self.workers += [None] * more
+        self.disks += [None] * more
+        self._retired.clear()
+
+    def _tend_resharding(self, state: FleetState, mine: Any) -> bool:
+        """Whether re-sharding has something to do that comes before all else about this node."""
+        surplus = [index for index in range(self.workers_count, len(self.workers)) if index not in self._retired]
+        gone = [index for index in surplus if self.instances[index] in state.gone]
+        if surplus and len(gone) == len(surplus):
+            for index in gone:
+                self.call(index, "retire", {}, 1000, _ignore)
+            return True
+        if gone:
+            self.lose_disk(gone[0])  # it begins anew, so that all are empty and go together
+            return True
+        if mine is None or list(mine.instances) != self.instances:
+            return False
+        if mine.workers != self.workers_count:
+            if self._due("workers"):
+                self.propose(["workers", self.name, self.workers_count])
+            return True
+        if surplus and self._due("surplus"):
+            self._look_at_surplus(list(mine.instances))
+        return False
+
+    def _look_at_surplus(self, instances: list[int]) -> None:
+        held: list[int] = []
+        indexes = range(self.workers_count, len(self.workers))
+
+        def asked(code: int, body: Any) -> None:
+            held.append(body["members"] + body["resting"] if code == ipc.OK else 1)
+            if len(held) == len(indexes) and not sum(held):
+                self.propose(["instances", self.name, instances[: self.workers_count], instances])
+
+        for index in indexes:
+            self.call(index, "shard_info", {}, 1000, asked)
 
     def propose(self, command: list[Any], then: Answer | None = None) -> None:
         """A fleet command through this node's worker 0; if that finds no leader, through another node's."""
@@ -369,6 +491,8 @@ class SimFleet:
         cluster, rules, history: checkers. ``history`` watches groups of :data:`REGISTERS`.
         story: what happened, for a failure's report.
         counts: how often things happened.
+        lost: durable instances that are gone for good.
+        step_count: turns of workers. trace: a running number that two runs share only if they took the same steps.
         machines: makers of machines that are not imported, by the ``machine`` that a config names.
     """
 
@@ -387,6 +511,9 @@ class SimFleet:
         self.story: list[str] = []
         self.counts: dict[str, int] = {}
         self.machines: dict[str, Callable[[], Any]] = {}
+        self.lost: set[int] = set()
+        self.step_count = 0
+        self.trace = 0
         self._connection_count = 0
         self._nodes_by_endpoint: dict[str, SimNode] = {}
 
@@ -396,7 +523,7 @@ class SimFleet:
         """Start a node, outside of the fleet as yet."""
         node = SimNode(self, name, zone, len(self.nodes), workers or self.options.workers)
         self.nodes[name] = node
-        for index in range(node.workers_count):
+        for index in range(max(node.workers_count, WORKERS_MAX)):
             self._nodes_by_endpoint[node.endpoint(index)] = node
         node.start()
         return node
@@ -446,15 +573,22 @@ class SimFleet:
         """Lead a node out; returns at once. It is out when :attr:`SimNode.wants_in` is False."""
         self.nodes[name].is_deactivating = True
 
-    def kill_node(self, name: str) -> None:
-        """The machine loses its power."""
+    def kill_node(self, name: str, *, keep: float = 0.5) -> None:
+        """The machine loses its power; each un-synced piece on its disks survives with probability ``keep``."""
         self.tell(f"{name} is killed")
-        self.nodes[name].kill()
+        self.nodes[name].kill(keep=keep)
 
-    def restart_node(self, name: str) -> None:
-        """Start a killed node again: new instances, nothing remembered."""
-        self.tell(f"{name} is started again")
-        self.nodes[name].start()
+    def restart_node(self, name: str, workers: int | None = None) -> None:
+        """Start a killed node again: what lies on its disks, or new instances that remember nothing.
+
+        Args:
+            workers: as ``--workers``, if another number than before (durable only).
+        """
+        node = self.nodes[name]
+        self.tell(f"{name} is started again" + (f" with {workers} workers" if workers else ""))
+        if workers is not None and workers != node.workers_count:
+            node.reshard(workers)
+        node.start()
 
     def kill_worker(self, name: str, index: int) -> None:
         """SIGKILL to a worker; another instance takes its place a little later."""
@@ -630,8 +764,8 @@ class SimFleet:
         return worker.host.shard.members.get(uid) if worker is not None else None
 
     def is_lost(self, instance: int) -> bool:
-        """Whether an instance is gone for good: what died has lost its memory."""
-        return self.worker_of(instance) is None
+        """Whether an instance is gone for good: what died has lost its memory, what is on a disk has not."""
+        return instance in self.lost if self.options.is_durable else self.worker_of(instance) is None
 
     def _local_us(self, instance: int) -> int:
         worker = self.worker_of(instance)
@@ -745,6 +879,11 @@ class SimFleet:
         instance = self.rng.getrandbits(62) + 1
         return SimWorker(self, node, index, instance, random.Random(self.rng.getrandbits(64)))
 
+    def new_durable_worker(self, node: SimNode, index: int, files: FakeFiles) -> SimWorker:
+        """A process for ``node`` on a disk: the instance that lies there, or one that never was."""
+        instance = self.rng.getrandbits(62) + 1
+        return DurableSimWorker(self, node, index, instance, random.Random(self.rng.getrandbits(64)), files)
+
     def next_connection(self) -> int:
         """An id for a local connection."""
         self._connection_count += 1
@@ -770,6 +909,8 @@ class SimFleet:
 
     def stepped(self, worker: SimWorker) -> None:
         """Check what a turn can have touched."""
+        self.step_count += 1
+        self.trace = (self.trace * 0x5DEECE66D + self.queue.now_us * 31 + worker.instance) & _TRACE_MASK
         shard = worker.host.shard
         shard.check_invariants()
         if not self.options.may_diverge:

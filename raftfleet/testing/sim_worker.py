@@ -188,6 +188,7 @@ class SimWorker:
         table: its region of the node's leader table, by name.
         notes: lines that it logged.
         connections: open local connections, by id.
+        is_paused: the process is stopped; what comes waits.
         is_feed_held: the fleet's news waits, as on a busy machine, until :meth:`release_feed`.
     """
 
@@ -197,6 +198,7 @@ class SimWorker:
         self.index = index
         self.instance = instance
         self.is_dead = False
+        self.is_paused = False
         self.addresses: dict[int, str] = {}
         self.table: dict[str, TableRow] = {}
         self.notes: list[tuple[str, str]] = []
@@ -206,7 +208,7 @@ class SimWorker:
         settings = HostSettings(
             node.name, index, node.workers_count, node.endpoint(index), "", fleet.options.beat_interval_us
         )
-        self.host = Host(instance, settings, random.Random(rng.getrandbits(64)), node.make_machine)
+        self.host = self._new_host(settings, random.Random(rng.getrandbits(64)))
         self._frames: list[bytes] = []
         self._requests: list[tuple[int, list[Any]]] = []
         self._work: list[Callable[[Host], None]] = []
@@ -218,6 +220,13 @@ class SimWorker:
         if index != 0:
             self.feed = Channel(fleet, lambda: node.workers[0], self._feed_up, self._feed_pushed)
         self._soon()
+
+    def _new_host(self, settings: HostSettings, rng: random.Random) -> Host:
+        return Host(self.instance, settings, rng, self.node.make_machine)
+
+    def next_deadline_us(self) -> int:
+        """When a turn is due though nothing comes, by this worker's clock."""
+        return self.host.next_deadline_us()
 
     # -- what comes in ---------------------------------------------------------------------------------------------
 
@@ -250,11 +259,21 @@ class SimWorker:
             connection.break_off()
         self.connections.clear()
 
+    def pause(self) -> None:
+        """As by SIGSTOP."""
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """As by SIGCONT."""
+        if self.is_paused:
+            self.is_paused = False
+            self._soon()
+
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def _soon(self) -> None:
         """Take a turn when the loop comes round: at once if it waits, later if it is busy."""
-        if self.is_dead or self._turn_at_us >= 0:
+        if self.is_dead or self.is_paused or self._turn_at_us >= 0:
             return
         draw = self.rng.random()
         delay_us = 10 + int(draw * 60)
@@ -265,7 +284,7 @@ class SimWorker:
 
     def _turn(self) -> None:
         self._turn_at_us = -1
-        if self.is_dead:
+        if self.is_dead or self.is_paused:
             return
         host = self.host
         true_us = self.fleet.queue.now_us
@@ -283,9 +302,13 @@ class SimWorker:
             function(host)
         if local_us >= host.next_deadline_us():
             host.tick()
-        self._carry_out(host.finish())
+        self._end_turn()
         if not self.is_dead:
             self._finish_turn()
+
+    def _end_turn(self) -> None:
+        """All that the turn has to say and to do."""
+        self._carry_out(self.host.finish())
 
     def _finish_turn(self) -> None:
         self.fleet.stepped(self)
@@ -326,10 +349,12 @@ class SimWorker:
         self.notes.extend(out.notes)
         if out.exit_fresh:
             self.node.worker_exited(self)
+        elif out.exit_retired:
+            self.node.worker_retired(self)
 
     def _sleep(self) -> None:
         """Be woken at the host's next deadline; an earlier wake that is under way will look again."""
-        due_us = max(self.clock.true_us(self.host.next_deadline_us()), self.fleet.queue.now_us + 1)
+        due_us = max(self.clock.true_us(self.next_deadline_us()), self.fleet.queue.now_us + 1)
         if self.fleet.queue.now_us < self._wake_us <= due_us:
             return
         self._wake_us = due_us
@@ -339,7 +364,7 @@ class SimWorker:
         if self.is_dead or due_us != self._wake_us:
             return
         self._wake_us = -1
-        if self.clock.local_us(due_us) >= self.host.next_deadline_us():
+        if self.clock.local_us(due_us) >= self.next_deadline_us():
             self._soon()
         else:
             self._sleep()
