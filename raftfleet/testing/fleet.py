@@ -22,6 +22,7 @@ are checked (:class:`raftfleet.testing.checkers.ClusterChecker`).
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ from raftfleet.testing.sim_client import SimFleetClient
 from raftfleet.testing.sim_durable import DurableSimWorker
 from raftfleet.testing.sim_worker import Answer, Channel, SimWorker, TableRow
 from raftfleet.wire import ipc
+from raftfleet.wire.codec import decode_frame
 from raftfleet.wire.exported import ExportedState
 
 COUNTER = GroupConfig("raftfleet.testing.machines:JustAnInt")
@@ -512,6 +514,7 @@ class SimFleet:
         self.counts: dict[str, int] = {}
         self.machines: dict[str, Callable[[], Any]] = {}
         self.lost: set[int] = set()
+        self._frames: deque[tuple[int, bytes]] = deque(maxlen=0)
         self.step_count = 0
         self.trace = 0
         self._connection_count = 0
@@ -899,6 +902,7 @@ class SimFleet:
         endpoint, data = frame
         for worker in self._nodes_by_endpoint[endpoint].workers:
             if worker is not None and worker.node.endpoint(worker.index) == endpoint:
+                self._frames.append((self.queue.now_us, data))
                 worker.receive(data)
 
     def sent(self, worker: SimWorker, instance: int, messages: list[Any]) -> None:
@@ -932,6 +936,11 @@ class SimFleet:
     def report(self) -> str:
         """Where everything stands, for a failure."""
         lines = [f"seed {self.seed}, at {self.queue.now_us / SECOND_US:.3f} s; last events:", *self.story[-30:]]
+        return "\n".join([*lines, *self.members_told()])
+
+    def members_told(self) -> list[str]:
+        """Where every member stands, and what its worker logged."""
+        lines = []
         for worker in self.live_workers():
             host = worker.host
             counts = {what: count for what, count in host.open_counts().items() if count}
@@ -943,7 +952,20 @@ class SimFleet:
                     f" voters {[f'{v:x}' for v in member.voters]} learners {[f'{v:x}' for v in member.learners]}"
                 )
             lines += [f"    {level}: {text}" for level, text in worker.notes[-5:]]
-        return "\n".join(lines)
+        return lines
+
+    def keep_frames(self, count: int) -> None:
+        """Remember so many of the last frames that arrived at workers."""
+        self._frames = deque(maxlen=count)
+
+    def frames_told(self) -> list[str]:
+        """The frames that are remembered, one line for each message."""
+        return [
+            f"{now_us / SECOND_US:10.6f} {frame.from_instance:x} -> {frame.to_instance:x}: {message}"
+            for now_us, data in self._frames
+            for frame in (decode_frame(data),)
+            for message in frame.messages
+        ]
 
 
 def _ignore(code: int, body: Any) -> None:

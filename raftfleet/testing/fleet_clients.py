@@ -25,6 +25,7 @@ class Historian:
         self.think_us_max = int(think_s_max * 1e6)
         self.is_stopped = False
         self.outcomes: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
         self.open_count = 0
         self.operation_count = 0
         fleet.history.record(uid)
@@ -69,7 +70,7 @@ class Historian:
             history.refused(self.uid, operation)
         else:
             assert isinstance(call.error, errors.OutcomeUnknown), call.error
-        self._done(call)
+        self._done(call, "command")
 
     def _queried(self, call: Call, floor: int) -> None:
         if call.error is None:
@@ -77,10 +78,11 @@ class Historian:
             self.fleet.history.query_answered(self.uid, floor, version, chain)
         else:
             assert isinstance(call.error, errors.NotApplied), call.error
-        self._done(call)
+        self._done(call, "query")
 
-    def _done(self, call: Call) -> None:
+    def _done(self, call: Call, kind: str) -> None:
         outcome = type(call.error).__name__ if call.error is not None else "ok"
+        self.counts[f"{kind} {outcome}"] = self.counts.get(f"{kind} {outcome}", 0) + 1
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self.open_count -= 1
         if self.open_count == 0:

@@ -81,7 +81,6 @@ class FleetStorm:
         self.clients: list[Historian] = []
         self.uids: dict[str, int] = {}
         self.struck: list[Fault] = []
-        self.story_lines_max = 60
         self.faults_on = True
         self._group_number = 0
         self._moved: set[str] = set()
@@ -109,8 +108,8 @@ class FleetStorm:
         counts = dict(fleet.counts)
         counts.update({f"frames {name}": count for name, count in fleet.network.counts.items()})
         for client in self.clients:
-            for outcome, count in client.outcomes.items():
-                counts[f"calls: {outcome}"] = counts.get(f"calls: {outcome}", 0) + count
+            for outcome, count in client.counts.items():
+                counts[outcome] = counts.get(outcome, 0) + count
         counts["steps"] = fleet.step_count
         counts["elections"] = len(fleet.cluster.leaders)
         counts["configurations"] = fleet.cluster.config_count
@@ -337,7 +336,7 @@ class FleetStorm:
             if code == ipc.OK and self.faults_on and name not in self.uids:
                 self._serve(name, body["uid"])
 
-        replicas = rng.choice((3, 3, 1, 4))
+        replicas = rng.choice((3, 3, 5, 4))
         args = {"name": name, "replicas": replicas, "config": self._config().to_dict()}
         self._ask(rng, "add_group", args, name, added)
 
@@ -461,6 +460,23 @@ class FleetStorm:
             fleet.report(),
         ]
         return SimulationFailure("\n".join(lines), checker, told, fleet.step_count, state, list(self.struck))
+
+    @property
+    def story(self) -> list[str]:
+        """What happened."""
+        return self.fleet.story
+
+    def tell_more(self, story_lines: int, frames: int) -> None:
+        """Remember so many of the last frames, for a transcript (of the story nothing is forgotten)."""
+        self.fleet.keep_frames(frames)
+
+    def frames_told(self) -> list[str]:
+        """The last frames that arrived, one line for each message."""
+        return self.fleet.frames_told()
+
+    def members_told(self) -> list[str]:
+        """Where every member stands."""
+        return self.fleet.members_told()
 
     def arguments(self) -> str:
         """What the command needs to play this again."""

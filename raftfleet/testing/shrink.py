@@ -10,14 +10,13 @@ The result is one-minimal if the tries sufficed: without any single one of its f
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from raftfleet.testing.clock import SECOND_US
-from raftfleet.testing.profiles import SimulationOptions
 from raftfleet.testing.schedule import Fault
-from raftfleet.testing.simulation import Simulation, SimulationFailure
+from raftfleet.testing.simulation import SimulationFailure
+from raftfleet.testing.worlds import Options, new_world
 
 TRIES_MAX = 400
 TRANSCRIPT_LINES_MAX = 400
@@ -33,18 +32,20 @@ class Shrunk:
     """A short schedule and what comes of it. ``is_minimal``: every single fault of it was tried without."""
 
     seed: int
-    options: SimulationOptions | None
+    options: Options | None
     schedule: list[Fault]
     struck_count: int
     failure: SimulationFailure
     tries: int
     is_minimal: bool
+    world: str = ""
 
 
 def shrink(
     seed: int,
-    options: SimulationOptions | None = None,
+    options: Options | None = None,
     *,
+    world: str = "",
     tries_max: int = TRIES_MAX,
     tell: Callable[[int, int], None] = lambda tries, faults: None,
 ) -> Shrunk:
@@ -53,7 +54,7 @@ def shrink(
     Raises:
         NothingFails: the seed passes.
     """
-    failure = _play(seed, options, None)
+    failure = _play(seed, options, None, world)
     if failure is None:
         raise NothingFails(f"seed {seed} passes; there is nothing to cut short")
     left = failure.struck
@@ -66,7 +67,7 @@ def shrink(
         for start in range(0, len(left), size):
             rest = left[:start] + left[start + size :]
             tries += 1
-            shorter = _same_failure(seed, options, rest, failure.checker)
+            shorter = _same_failure(seed, options, rest, failure.checker, world)
             tell(tries, len(left))
             if shorter is not None or tries >= tries_max:
                 break
@@ -75,33 +76,31 @@ def shrink(
             failure, left = shorter, shorter.struck
             pieces = max(2, pieces - 1)
         elif size == 1:
-            return Shrunk(seed, options, left, struck_count, failure, tries, True)
+            return Shrunk(seed, options, left, struck_count, failure, tries, True, world)
         else:
             pieces = min(len(left), pieces * 2)
-    return Shrunk(seed, options, left, struck_count, failure, tries, not left)
+    return Shrunk(seed, options, left, struck_count, failure, tries, not left, world)
 
 
-def _play(seed: int, options: SimulationOptions | None, schedule: list[Fault] | None) -> SimulationFailure | None:
+def _play(seed: int, options: Options | None, schedule: list[Fault] | None, world: str) -> SimulationFailure | None:
     try:
-        Simulation(seed, options, schedule).run()
+        new_world(seed, options, schedule, world).run()
     except SimulationFailure as failure:
         return failure
     return None
 
 
 def _same_failure(
-    seed: int, options: SimulationOptions | None, schedule: list[Fault], checker: str
+    seed: int, options: Options | None, schedule: list[Fault], checker: str, world: str
 ) -> SimulationFailure | None:
-    failure = _play(seed, options, schedule)
+    failure = _play(seed, options, schedule, world)
     return failure if failure is not None and failure.checker == checker else None
 
 
 def transcript(shrunk: Shrunk) -> str:
     """The short run as prose: its faults, everything that happened, the last frames, where the members stand."""
-    simulation = Simulation(shrunk.seed, shrunk.options, shrunk.schedule)
-    simulation.story = deque(maxlen=TRANSCRIPT_LINES_MAX)
-    simulation.tells_clients = True
-    simulation.keep_frames(FRAMES_TOLD)
+    simulation = new_world(shrunk.seed, shrunk.options, shrunk.schedule, shrunk.world)
+    simulation.tell_more(TRANSCRIPT_LINES_MAX, FRAMES_TOLD)
     told = "it passes now"
     try:
         simulation.run()
@@ -119,7 +118,7 @@ def transcript(shrunk: Shrunk) -> str:
         f"    python -m raftfleet.testing.simulate {repeat} --faults {numbers}",
         "",
         f"what happens, in seconds (the last {TRANSCRIPT_LINES_MAX} lines):",
-        *(f"    {line}" for line in simulation.story),
+        *(f"    {line}" for line in list(simulation.story)[-TRANSCRIPT_LINES_MAX:]),
         "",
         f"the last frames (at most {FRAMES_TOLD}):",
         *(f"    {line}" for line in simulation.frames_told()),

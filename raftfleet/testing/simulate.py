@@ -1,7 +1,9 @@
 """``python -m raftfleet.testing.simulate``: play simulations by seed, one or very many, on all cores.
 
-A failure prints its seed and the command that repeats it; ``--shrink`` cuts its schedule of faults to a short one and
-tells that as a transcript. Results go to stdout, progress to stderr.
+A seed plays bare shards (:mod:`raftfleet.testing.simulation`) or, one in seven, a whole fleet
+(:mod:`raftfleet.testing.fleet_storm`), as it draws. A failure prints its seed and the command that repeats it;
+``--shrink`` cuts its schedule of faults to a short one and tells that as a transcript. Results go to stdout, progress
+to stderr.
 """
 
 from __future__ import annotations
@@ -16,18 +18,31 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raftfleet.testing.profiles import PROFILES, SimulationOptions
-from raftfleet.testing.schedule import Fault, draw_schedule
+from raftfleet.testing.fleet_profiles import FLEET_PROFILES
+from raftfleet.testing.profiles import PROFILES
+from raftfleet.testing.schedule import Fault
 from raftfleet.testing.shrink import NothingFails, shrink, transcript
-from raftfleet.testing.simulation import Simulation, SimulationFailure, Summary
+from raftfleet.testing.simulation import SimulationFailure, Summary
+from raftfleet.testing.worlds import WORLDS, Options, new_world
+
+_TOTALS: dict[str, tuple[str, ...]] = {
+    "elections": ("elections",),
+    "membership changes": ("configurations",),
+    "crashes": ("crash",),
+    "commands": ("command ",),
+    "reads": ("query ", "stale query "),
+}
+"""What is told in one number each at the end, and the names of the counts that make it up, by their beginnings."""
 
 Play = Callable[[int], "Summary | str"]
 
 
-def run_seed(seed: int, options: SimulationOptions | None = None, schedule: list[Fault] | None = None) -> Summary | str:
+def run_seed(
+    seed: int, options: Options | None = None, schedule: list[Fault] | None = None, world: str = ""
+) -> Summary | str:
     """Play one seed; the report if it fails."""
     try:
-        return Simulation(seed, options, schedule).run()
+        return new_world(seed, options, schedule, world).run()
     except SimulationFailure as failure:
         return str(failure)
 
@@ -65,22 +80,28 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 1 if a seed failed."""
     parser = argparse.ArgumentParser(prog="python -m raftfleet.testing.simulate", description=__doc__)
     parser.add_argument("--seed", type=int, help="play this one and print what happened")
-    parser.add_argument("--profile", choices=sorted(PROFILES), help="the kind of trouble (default: as the seed draws)")
+    parser.add_argument(
+        "--profile",
+        choices=sorted({**PROFILES, **FLEET_PROFILES}),
+        help="the kind of trouble (default: as the seed draws)",
+    )
+    parser.add_argument("--world", choices=WORLDS, default="", help="only bare shards, or only whole fleets")
     parser.add_argument("--faults", metavar="N,N,…", help="with --seed: only these numbers of its schedule, or none")
     parser.add_argument("--shrink", action="store_true", help="with --seed: cut a failing schedule short, and tell it")
     parser.add_argument("--seeds", metavar="A-B", help="play these (default 1-1000)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; without --seeds go on until then")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
-    profile = PROFILES[options.profile] if options.profile else None
+    profile: Options | None = FLEET_PROFILES.get(options.profile) or PROFILES.get(options.profile)
+    world = options.world
     if options.seed is not None:
         if options.shrink:
-            return _shrink(options.seed, profile)
+            return _shrink(options.seed, profile, world)
         try:
             wanted = _numbers(options.faults)
         except ValueError:
             parser.error(f"--faults is numbers such as 3,17,20, or none, not {options.faults!r}")
-        return _one(options.seed, profile, wanted)
+        return _one(options.seed, profile, wanted, world)
     if options.shrink or options.faults:
         parser.error("--shrink and --faults need --seed")
     first, last = 1, (None if options.minutes is not None else 1000)
@@ -90,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             first, last = int(first_text), int(last_text or first_text)
         except ValueError:
             parser.error(f"--seeds is two numbers such as 1-1000, not {options.seeds!r}")
-    return _many(first, last, options.minutes, options.processes, profile)
+    return _many(first, last, options.minutes, options.processes, _Profiled(profile, world))
 
 
 def _numbers(text: str | None) -> set[int] | None:
@@ -99,12 +120,12 @@ def _numbers(text: str | None) -> set[int] | None:
     return set() if text == "none" else {int(number) for number in text.split(",")}
 
 
-def _one(seed: int, options: SimulationOptions | None, wanted: set[int] | None) -> int:
+def _one(seed: int, options: Options | None, wanted: set[int] | None, world: str) -> int:
     schedule = None
     if wanted is not None:
-        drawn = draw_schedule(seed, Simulation(seed, options, []).options)
+        drawn = new_world(seed, options, None, world).schedule
         schedule = [fault for fault in drawn if fault.number in wanted]
-    result = run_seed(seed, options, schedule)
+    result = run_seed(seed, options, schedule, world)
     if isinstance(result, str):
         print(result)
         return 1
@@ -117,7 +138,7 @@ def _one(seed: int, options: SimulationOptions | None, wanted: set[int] | None) 
     return 0
 
 
-def _shrink(seed: int, options: SimulationOptions | None) -> int:
+def _shrink(seed: int, options: Options | None, world: str) -> int:
     console = Console(stderr=True)
     with console.status(f"seed {seed}: playing it") as status:
 
@@ -125,7 +146,7 @@ def _shrink(seed: int, options: SimulationOptions | None) -> int:
             status.update(f"seed {seed}: {faults} faults left after {tries} tries")
 
         try:
-            shrunk = shrink(seed, options, tell=tell)
+            shrunk = shrink(seed, options, world=world, tell=tell)
         except NothingFails as error:
             print(error)
             return 0
@@ -136,16 +157,15 @@ def _shrink(seed: int, options: SimulationOptions | None) -> int:
 class _Profiled:
     """Plays seeds under one profile; a class, since a process pool must be able to send it."""
 
-    def __init__(self, options: SimulationOptions | None) -> None:
+    def __init__(self, options: Options | None, world: str) -> None:
         self.options = options
+        self.world = world
 
     def __call__(self, seed: int) -> Summary | str:
-        return run_seed(seed, self.options)
+        return run_seed(seed, self.options, None, self.world)
 
 
-def _many(
-    first: int, last: int | None, minutes: float | None, processes: int, options: SimulationOptions | None
-) -> int:
+def _many(first: int, last: int | None, minutes: float | None, processes: int, play: Play) -> int:
     start = time.monotonic()
     counts: dict[str, int] = {}
     seed_count = virtual_us = 0
@@ -155,7 +175,7 @@ def _many(
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         total = minutes * 60 if minutes is not None else float((last or first) - first + 1)
         task = progress.add_task("simulating", total=total)
-        for seed, result in run_seeds(_seeds(first, last, minutes), processes, _Profiled(options)):
+        for seed, result in run_seeds(_seeds(first, last, minutes), processes, play):
             seed_count += 1
             if isinstance(result, str):
                 failures.append((seed, result))
@@ -180,6 +200,9 @@ def _tell(
 ) -> None:
     for name, count in sorted(counts.items()):
         print(f"{count:12} {name}")
+    for title, prefixes in _TOTALS.items():
+        total = sum(count for name, count in counts.items() if name.startswith(prefixes))
+        print(f"{total:12} {title} in all")
     hours = virtual_us / 3.6e9
     rate = virtual_us / 1e6 / elapsed_s if elapsed_s else 0.0
     print(f"{seed_count} seeds, {hours:.2f} virtual hours in {elapsed_s:.0f} s ({rate:.0f} virtual hours per real one)")

@@ -23,6 +23,7 @@ their members), ``sim_faults`` (what faults do), and here the course of a run.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 from raftfleet.core.sending import RETRY_US
 from raftfleet.testing.clients import Call, SimClient
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US
+from raftfleet.testing.fleet_profiles import is_fleet_seed
 from raftfleet.testing.linearizability import SearchTooLarge, find_violation, register_model
 from raftfleet.testing.model import Violation
 from raftfleet.testing.profiles import PROFILES, SimulationOptions, options_of
@@ -156,10 +158,16 @@ class Simulation(FaultLayer):
         """What the command needs to play this again."""
         options = self.options
         if options == options_of(self.seed):
-            return f"--seed {self.seed}"
+            return f"--seed {self.seed}" + (" --world shards" if is_fleet_seed(self.seed) else "")
         if options == PROFILES.get(options.name):
             return f"--seed {self.seed} --profile '{options.name}'"
         return f"--seed {self.seed}  (with options of its own: {options})"
+
+    def tell_more(self, story_lines: int, frames: int) -> None:
+        """Remember so many lines and frames, clients' calls too, for a transcript. Call it before :meth:`run`."""
+        self.story = deque(maxlen=story_lines)
+        self.tells_clients = True
+        self.keep_frames(frames)
 
     def frames_told(self) -> list[str]:
         """The last frames that arrived, one line for each message."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from raftfleet.testing import simulate
 from raftfleet.testing.fleet import REGISTERS, SimFleet, SimFleetOptions
 from raftfleet.testing.fleet_profiles import FLEET_PROFILES, draw_fleet_schedule, fleet_options_of
 from raftfleet.testing.fleet_storm import FleetStorm, SimulationFailure
+from raftfleet.testing.shrink import shrink, transcript
+from raftfleet.testing.simulation import Simulation
+from raftfleet.testing.worlds import FLEETS, SHARDS, new_world
 
 KEPT = {
-    69: "a member on a surplus worker was given up, and begun anew, because worker 0 had not read of its group yet",
-    115: "the same, while nodes are re-sharded one after the other",
+    69: "a member whose name another worker owns was given up and begun anew: worker 0 had not read of its group yet",
+    115: "the same, with more workers than before",
 }
 """Seeds that found a fault of the product."""
 
@@ -37,11 +41,13 @@ def test_every_profile_strikes_with_what_it_says() -> None:
     assert {fleet_options_of(seed).name for seed in range(200)} == set(FLEET_PROFILES)
 
 
+@pytest.mark.simulation
 def test_the_same_seed_ends_in_the_same_state() -> None:
     runs = [FleetStorm(5).run() for _ in range(2)]
     assert runs[0] == runs[1]
 
 
+@pytest.mark.simulation
 def test_a_failure_tells_its_seed_its_state_and_the_command_that_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FleetStorm, "_finish", lambda self: 1 / 0)
     failures = []
@@ -51,6 +57,40 @@ def test_a_failure_tells_its_seed_its_state_and_the_command_that_repeats_it(monk
         failures.append(failure.value)
     assert f"state {failures[0].state:012x}" in str(failures[0])
     assert (failures[0].step_count, failures[0].state) == (failures[1].step_count, failures[1].state)
+
+
+@pytest.mark.simulation
+def test_a_failing_fleet_is_cut_to_the_faults_that_matter_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that is removed is what "fails" here: it takes the fault that removes it, and nothing else."""
+    monkeypatch.setattr(FleetStorm, "_finish", _no_group_was_removed)
+    seed = 40
+    schedule = draw_fleet_schedule(seed, fleet_options_of(seed))
+    first = next(fault for fault in schedule if fault.kind == "remove")
+    shrunk = shrink(seed, world=FLEETS)
+    assert [fault.number for fault in shrunk.schedule] == [first.number]
+    assert shrunk.is_minimal
+    told = transcript(shrunk)
+    assert f"--faults {first.number}\n" in told and "group removed" in told and "Append(" in told
+    assert simulate.main(["--seed", str(seed), "--world", FLEETS, "--faults", str(first.number)]) == 1
+    assert simulate.main(["--seed", str(seed), "--world", FLEETS, "--faults", "none"]) == 0
+
+
+def _no_group_was_removed(storm: FleetStorm) -> None:
+    assert not storm.fleet.counts.get("group removed"), "a group was removed"
+
+
+@pytest.mark.simulation
+def test_plain_seeds_play_shards_or_fleets_and_end_with_what_was_played(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {type(new_world(seed)) for seed in range(1, 60)}
+    assert kinds == {Simulation, FleetStorm}
+    assert isinstance(new_world(1, world=FLEETS), FleetStorm)
+    assert isinstance(new_world(1, FLEET_PROFILES["fleet"]), FleetStorm)
+    assert isinstance(new_world(1, world=SHARDS), Simulation)
+    assert simulate.main(["--seeds", "1-2", "--world", FLEETS, "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    for what in ("elections", "membership changes", "crashes", "commands", "reads"):
+        assert int(out.split(f" {what} in all")[0].split()[-1]) > 0, what
+    assert "virtual hours per real one" in out
 
 
 def test_a_fleet_on_disks_comes_back_when_the_power_fails_everywhere() -> None:
