@@ -25,6 +25,7 @@ from raftfleet.fleet.host_routing import RoutingLayer
 from raftfleet.fleet.machine import FleetState, Group, RecordingFleetMachine
 
 FLEET_CONFIG = GroupConfig("raftfleet.fleet.machine:FleetMachine", log_entries_kept=4096)
+REMOVED_NOTE = "removed"
 
 
 class FollowingLayer(RoutingLayer):
@@ -137,11 +138,14 @@ class FollowingLayer(RoutingLayer):
             if group is None or group.uid != uid:
                 self._group_removed(name, uid)
         here = [*self.shard.members, *self.shard.tombstones, *self._resting]
-        for uid in [uid for uid in here if self.fleet.is_dead_uid(uid)]:
+        dead = [uid for uid in here if self.fleet.is_dead_uid(uid)]
+        self._remember_removed(dead)
+        for uid in dead:
             self.shard.remove_group(uid)
         for group in self.fleet.groups.values():
             self._group_added(group)
         self._nodes_changed()
+        self._look_whether_current()
 
     def _fleet_changed(self, executed: list[Any]) -> None:
         self.fleet_known = bool(self.fleet.fleet_id)
@@ -164,6 +168,7 @@ class FollowingLayer(RoutingLayer):
                 self._config_changed(command[1])
         if self.fleet.node_version != self._seen_node_version:
             self._nodes_changed()
+        self._look_whether_current()
 
     # ------------------------------------------------------------------ what follows from it
 
@@ -228,7 +233,7 @@ class FollowingLayer(RoutingLayer):
         if self.instance not in instances:
             return
         self._unstarted[uid] = None  # until it has
-        if self.shard.is_full:
+        if self.shard.is_full or self._is_behind():
             return
         made = self._make_machine(group)
         if made is None:
@@ -250,6 +255,8 @@ class FollowingLayer(RoutingLayer):
         if self._known.get(name) == uid:
             del self._known[name]
             self._out.table.append(("remove", name, uid))
+        if self.shard.holds(uid) or uid in self._dead_early:
+            self._remember_removed([uid])
         self.shard.remove_group(uid)
         self.leaders.pop(uid, None)
         self._dead_early.discard(uid)
@@ -260,6 +267,40 @@ class FollowingLayer(RoutingLayer):
         for request in self._parked.pop(uid, ()):
             if not request.done:
                 self._check_name(request)
+
+    # ------------------------------------------------------------------ what was removed stays so
+
+    def _remember_removed(self, uids: list[int]) -> None:
+        """On a disk: these groups are being removed here. Saved before their members are forgotten.
+
+        After a restart the fleet is known as an older snapshot has it, with groups in it that were removed since, of
+        whose members nothing is left here. Begun anew from there they would vote once more in terms in which they had
+        voted, elect each other, and serve from nothing. A state that knows of the last removals knows of all before
+        them, so those few are all there is to remember.
+        """
+        if self.disk is None or not uids:
+            return
+        self._removed = {uid for uid in self._removed if not self.fleet.is_dead_uid(uid)}.union(uids)
+        self.disk.save_note(REMOVED_NOTE, bytes(msgpack.packb([self.fleet.epoch, sorted(self._removed)])))
+
+    def _is_behind(self) -> bool:
+        """Whether the fleet is known here as it was before a removal that a former process acted upon.
+
+        In a later epoch the fleet was repaired: what it says now is what is, removals that it has lost included.
+        """
+        epoch, uids = self._removed_before
+        if uids and (self.fleet.epoch > epoch or all(self.fleet.is_dead_uid(uid) for uid in uids)):
+            self._removed_before = (0, set())
+            return False
+        return bool(uids)
+
+    def _look_whether_current(self) -> None:
+        if self._removed_before[1] and not self._is_behind():
+            unstarted, self._unstarted = self._unstarted, {}
+            for uid in unstarted:
+                group = self.fleet.groups.get(uid)
+                if group is not None:
+                    self._maybe_create(group)
 
     def _drop_guests(self) -> None:
         """Members that were begun under another number of workers: their names are other workers' to look after.

@@ -24,6 +24,7 @@ from raftfleet.core.durable import DurableShard
 from raftfleet.core.failures import describe
 from raftfleet.core.names import FLEET_UID
 from raftfleet.fleet.host_calls import CallLayer
+from raftfleet.fleet.host_following import REMOVED_NOTE
 
 ADDRESSES_NOTE = "addresses"
 STARTS_NOTE = "starts"
@@ -44,6 +45,9 @@ class RestoringLayer(CallLayer):
         shard = self.shard
         assert isinstance(shard, DurableShard)
         self._begin_above(1 + msgpack.unpackb(found.notes.get(STARTS_NOTE, b"\x00")))
+        epoch, removed = msgpack.unpackb(found.notes.get(REMOVED_NOTE, b"\x92\x00\x90"))
+        self._removed = set(removed)
+        self._removed_before = (epoch, set(removed))
         if any(found.fleet):
             self.set_fleet(found.fleet)
         for instance, endpoint, public_key in msgpack.unpackb(found.notes.get(ADDRESSES_NOTE, b"\x90")):

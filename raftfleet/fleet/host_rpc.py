@@ -55,6 +55,7 @@ class RpcLayer(HostState):
                     raise ValueError("the fleet group is not dropped")
                 if not self.fleet.is_dead_uid(uid):
                     self._dead_early.add(uid)
+                    self._remember_removed([uid])
                 self.shard.remove_group(uid)
                 answer(OK, {})
             elif method == "who_leads":

@@ -148,6 +148,8 @@ class HostState(ABC):
         self._known: dict[str, int] = {}  # name -> uid, of the groups whose name this worker owns
         self._guests: dict[int, None] = {}  # uids of members whose group's name another worker owns
         self._dead_early: set[int] = set()
+        self._removed: set[int] = set()  # the last removals that were acted upon here; see host_following
+        self._removed_before: tuple[int, set[int]] = (0, set())  # as found on the disk, with the fleet's epoch
         # Requests, and where they wait.
         self._open: dict[Request, None] = {}
         self._open_count = 0  # of their commands and queries: a run is one request of many
@@ -240,6 +242,10 @@ class HostState(ABC):
         return member.name if member is not None else f"uid {uid}"
 
     # ------------------------------------------------------------------ what the layers above provide
+
+    @abstractmethod
+    def _remember_removed(self, uids: list[int]) -> None:
+        """These groups are being removed here: saved, so that they stay so."""
 
     @abstractmethod
     def _route(self, request: Request, *, guess: bool = False) -> None:

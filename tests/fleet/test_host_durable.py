@@ -163,6 +163,41 @@ def test_a_member_on_a_surplus_worker_is_not_given_up_while_its_group_is_not_kno
     assert node.shard.members == {}
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_removed_group_is_not_begun_anew_after_a_restart_from_what_was_known_before(early: bool) -> None:
+    """Found by a storm (284): its members voted twice in one term, and might have served with an empty state."""
+    old, young, new = names_of_worker_1(3)
+    node = node_with_groups(old, young)
+    uid = next(uid for uid, member in node.shard.members.items() if member.name == old)
+    removal: bytes = msgpack.packb(["remove_group", old])
+    if early:  # whoever removed the group says so before the fleet's log does
+        node.host._run_rpc("drop_group", {"uid": uid}, lambda code, body: None)
+    else:
+        node.host.on_feed(11, [removal], 0)
+    node.turn()
+    for _ in range(2):
+        node = node.again()
+        node.feed(fleet_state(old, young, new), index=10)
+        for _ in range(3):
+            node.turn(us=11_000_000)
+        assert [member.name for member in node.shard.members.values()] == [young]
+    node.host.on_feed(11, [removal], 0)
+    node.turn()
+    assert sorted(member.name for member in node.shard.members.values()) == sorted([young, new])
+
+
+def test_removals_that_a_repaired_fleet_has_lost_hold_nothing_up_after_a_restart() -> None:
+    old, young = names_of_worker_1(2)
+    node = node_with_groups(old)
+    node.host.on_feed(11, [msgpack.packb(["remove_group", old])], 0)
+    node.turn()
+    node = node.again()
+    state = fleet_state(old, young)
+    state.epoch = 1
+    node.feed(state, index=5)
+    assert sorted(member.name for member in node.shard.members.values()) == sorted([old, young])
+
+
 def test_a_removed_member_is_not_begun_anew_from_the_fleets_log_after_a_restart() -> None:
     (name,) = names_of_worker_1(1)
     node = node_with_groups(name)
