@@ -5,7 +5,8 @@
 Four processes in the shape of a replicated command, and nothing of Raft: a client writes 64 bytes to a leader's Unix
 socket; the leader sends them to two followers; each sends them back; at the first answer the leader answers the client.
 The loops are those of a worker: one epoll, non-blocking sockets, ZeroMQ's descriptor drained until EVENTS is empty.
-Rounds of both transports and of the bare pyzmq echo alternate. What a real command takes beyond this is raftfleet's
+TCP comes with a connection for each direction, and with one for both, as between nodes without keys. Rounds of the
+transports and of the bare pyzmq echo alternate. What a real command takes beyond this is raftfleet's
 own; what this takes over ZeroMQ beyond bare TCP is the hand-over to ZeroMQ's thread and back, at each hop.
 """
 
@@ -29,7 +30,7 @@ import zmq
 
 MESSAGE = bytes(64)
 FOLLOWER_COUNT = 2
-TRANSPORTS = ("ZeroMQ", "TCP")
+TRANSPORTS = ("ZeroMQ", "TCP", "TCP, both ways")
 
 
 class ZmqLink:
@@ -90,6 +91,28 @@ class TcpLink:
         return sum(len(self.incoming[fd].recv(65536)) // len(MESSAGE) for fd, _ in self.poller.poll(0))
 
 
+class PairLink(TcpLink):
+    """The same over one connection for both directions: the leader connects."""
+
+    def connect(self, port: int) -> None:
+        super().connect(port)
+        self._read_too(self.outgoing[-1])
+
+    def accept(self) -> None:
+        super().accept()
+        connection = list(self.incoming.values())[-1]
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.outgoing.append(connection)
+
+    def _read_too(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.incoming[connection.fileno()] = connection
+        self.poller.register(connection, select.EPOLLIN)
+
+
+LINKS: dict[str, Any] = dict(zip(TRANSPORTS, (ZmqLink, TcpLink, PairLink), strict=True))
+
+
 def fork(body: Callable[[], None]) -> int:
     """Run ``body`` in a process of its own, which ends with its parent's SIGKILL."""
     pid = os.fork()
@@ -139,14 +162,16 @@ def measure(transport: str, seconds: float, path: str) -> tuple[float, dict[str,
     ports = [os.pipe() for _ in range(FOLLOWER_COUNT)]
     back = [os.pipe() for _ in range(FOLLOWER_COUNT)]
 
-    def link_of() -> Any:
-        return ZmqLink() if transport == "ZeroMQ" else TcpLink()
+    link_of = LINKS[transport]
+    is_pair = link_of is PairLink
 
     def follower(number: int) -> None:
         link = link_of()
         os.write(ports[number][1], link.port.to_bytes(2, "big"))
-        link.connect(int.from_bytes(os.read(back[number][0], 2), "big"))
-        if transport == "TCP":
+        port = int.from_bytes(os.read(back[number][0], 2), "big")
+        if not is_pair:
+            link.connect(port)
+        if transport != "ZeroMQ":
             link.accept()
         poller = select.epoll()
         poller.register(link.fd, select.EPOLLIN)

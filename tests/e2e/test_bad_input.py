@@ -18,6 +18,7 @@ from raftfleet.core import messages
 from raftfleet.testing import LocalFleet
 from raftfleet.wire.codec import encode_frame
 from raftfleet.wire.ipc import CALL, COMMAND, HELLO, PROTOCOL, QUERY, pack_frame
+from raftfleet.wire.stream import pack_greeting, pack_length
 
 HUNDRED_MB = 100_000_000
 OTHER_FLEET = bytes(range(16))
@@ -104,12 +105,15 @@ def test_no_frame_between_nodes_disturbs_a_node(pair: LocalFleet, make: Callable
     rng = random.Random(make.__name__)
     port = pair.nodes["n1"].port
     for target in (port, port + 1, port + 2):
-        send_to_router(target, [[make(rng)] for _ in range(50)])
+        frames = [make(rng) for _ in range(50)]
+        send_stream(target, pack_greeting(7) + b"".join(pack_length(len(frame)) + frame for frame in frames))
+        send_to_router(target, [[frame] for frame in frames])  # by a stranger that speaks the other transport
 
 
 def test_a_frame_of_a_hundred_megabytes_between_nodes_is_not_read(pair: LocalFleet) -> None:
     port = pair.nodes["n1"].port
     for target in (port, port + 1):
+        send_stream(target, pack_greeting(7) + pack_length(HUNDRED_MB) + bytes(HUNDRED_MB))
         send_to_router(target, [[bytes(HUNDRED_MB)]])
     grown = max(process.memory_info().rss for process in pair.nodes["n1"].processes())
     assert grown < HUNDRED_MB, "the frame was kept in memory"
@@ -121,8 +125,14 @@ def test_messages_of_several_parts_and_none_are_ignored(pair: LocalFleet) -> Non
         send_to_router(target, [[b""], [b"", b""], [b"a", b"b", b"c"], [other_fleet(random.Random(1)), b"more"]])
 
 
+def send_stream(port: int, data: bytes) -> None:
+    """Send bytes as a stranger that has greeted, until they are all out of our hands or it is closed there."""
+    with socket.create_connection(("127.0.0.1", port), 20.0) as connection:
+        send_until_closed(connection, data)
+
+
 def send_to_router(port: int, frames: list[list[bytes]]) -> None:
-    """Send multi-part messages to a ROUTER as a stranger, and wait until they are out of our hands."""
+    """Send multi-part messages over ZeroMQ, and wait until they are out of our hands or nobody takes them."""
     context = zmq.Context()
     try:
         dealer = context.socket(zmq.DEALER)
@@ -140,7 +150,7 @@ def send_to_router(port: int, frames: list[list[bytes]]) -> None:
         context.term()
 
 
-def test_bytes_that_are_no_zeromq_at_all_are_ignored(pair: LocalFleet) -> None:
+def test_bytes_that_are_no_greeting_are_ignored(pair: LocalFleet) -> None:
     rng = random.Random(7)
     port = pair.nodes["n1"].port
     for target in (port, port + 1, port + 2):
