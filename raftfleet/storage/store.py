@@ -71,6 +71,9 @@ from raftfleet.storage.wal import NO_SPACE, SEGMENT_BYTES, Segment, Wal, segment
 SEGMENTS_MAX = 4
 ARCHIVE_FILES_MAX = 1000
 """Removed groups whose last snapshot is kept, per shard: the oldest make way."""
+DAMAGED_FILES_MAX = 16
+"""Damaged snapshots that are kept to be looked at, per shard: any others make way."""
+DAMAGED = ".damaged"
 FORWARD_PART_BYTES = 64 << 10
 
 
@@ -317,7 +320,7 @@ class ShardStore:
             if uid < 0:
                 self.files.unlink(path)
             elif uid in self.groups:
-                self.files.rename(path, f"{self.path}/archive/{os.path.basename(path)}.damaged")
+                self._set_apart(path)
         for uid in self.groups:
             for info in snapshots.get(uid, [])[:-2]:
                 self.files.unlink(info.path)
@@ -584,6 +587,14 @@ class ShardStore:
         for _, oldest in sorted(kept)[:-ARCHIVE_FILES_MAX]:
             files.unlink(f"{archive}/{oldest}")
 
+    def _set_apart(self, path: str) -> None:
+        """Keep a damaged snapshot where nothing looks for one, and few of them: each may be of any size."""
+        archive, name = f"{self.path}/archive", os.path.basename(path) + DAMAGED
+        others = [other for other in self.files.listdir(archive) if other.endswith(DAMAGED) and other != name]
+        self.files.rename(path, f"{archive}/{name}")
+        for other in sorted(others, reverse=True)[DAMAGED_FILES_MAX - 1 :]:
+            self.files.unlink(f"{archive}/{other}")
+
     def archive(self, info: SnapshotInfo) -> None:
         """The last state of a group that is gone, which was written elsewhere, is durable: it is what is kept of it."""
         try:
@@ -639,7 +650,7 @@ class ShardStore:
         folder, name = os.path.split(info.path)
         if name in self.files.listdir(folder):
             with contextlib.suppress(StorageFull):  # it stays where it is, and does not count
-                self._wal.guard(self.files.rename, info.path, f"{self.path}/archive/{name}.damaged")
+                self._wal.guard(self._set_apart, info.path)
 
     def arrival(self, uid: int, key: Key) -> ArrivalFile:
         """A file for a large snapshot that is about to arrive; nothing is written yet."""

@@ -12,7 +12,7 @@ from raftfleet.core.messages import Entry
 from raftfleet.storage.base import RecoveredShard, StorageDamaged, StorageError
 from raftfleet.storage.records import pack_mark, pack_note
 from raftfleet.storage.scan import Batch, Tail, scan_segment
-from raftfleet.storage.store import ShardStore
+from raftfleet.storage.store import DAMAGED, DAMAGED_FILES_MAX, ShardStore
 from raftfleet.testing.disk import FakeFiles
 
 SMALL: list[tuple[object, ...]] = [
@@ -139,6 +139,22 @@ def test_a_flipped_bit_in_a_log_of_many_segments_is_noticed() -> None:
             tried += 1
             refused += bool(lost)
     print(f"{tried} flipped bits in segments and snapshots, {refused} cost one group")
+
+
+def test_a_disk_that_damages_every_snapshot_does_not_fill_the_archive() -> None:
+    disk, driver = written([("group", 1), ("append", 1, 0, 40, 1), ("sync",), ("mark",)])
+    for behind in range(30, 0, -1):
+        store = start(disk, driver)
+        driver.step(store, ("snapshot", 1, behind))
+        store.close()
+        (newest,) = [name for name in sorted(disk.names) if name.startswith("/d/snapshots/")]
+        file = disk.names[newest]
+        assert file is not None
+        file.now[-1] ^= 1
+        file.durable[-1] ^= 1
+    start(disk, driver).close()
+    kept = [name for name in disk.names if name.endswith(DAMAGED)]
+    assert len(kept) == DAMAGED_FILES_MAX
 
 
 def test_a_batch_without_a_later_mark_is_a_torn_tail_and_one_with_is_damage() -> None:
