@@ -40,6 +40,8 @@ from raftfleet.fleet.repair_plan import (
 
 Rows = dict[str, list[list[Any]]]
 NODE_COUNT_MAX = 1024
+LOOK_US_MAX = 4 * SECOND
+"""How long nodes that were heard a moment ago may take to say what they have: a look ends when all have."""
 
 
 def _losses(cases: list[GroupCase]) -> Losses:
@@ -53,7 +55,7 @@ class ManagerRepair(ManagerRemoval):
         if not self.fleet:
             answer(NOT_ACTIVE, self._why_not_active())
             return
-        self._gather(min(timeout_us // 2, 2 * SECOND), lambda rows: answer(OK, self._repair_plan(rows)))
+        self._gather(min(timeout_us // 2, LOOK_US_MAX), lambda rows: answer(OK, self._repair_plan(rows)))
 
     def _repair_plan(self, rows: Rows) -> dict[str, Any]:
         cases = self._judge_leaderless(rows)
@@ -125,7 +127,8 @@ class ManagerRepair(ManagerRemoval):
         if not dead and not former and not damaged:
             answer(REFUSED, "there is nothing to give up: no group has lost its majority")
             return
-        self._gather(SECOND, lambda rows: self._begin_repair(dead, former, damaged, rows, timeout_us, answer))
+        look_us = min(timeout_us // 8, LOOK_US_MAX)
+        self._gather(look_us, lambda rows: self._begin_repair(dead, former, damaged, rows, timeout_us, answer))
 
     def _begin_repair(
         self,
