@@ -76,7 +76,7 @@ class ReconcilingLayer(FollowingLayer):
         def is_known(instance: int) -> bool:
             return instance not in lost and self.fleet.is_current(instance)
 
-        step = next_step(view, desired, is_known, learners)
+        step = next_step(view, desired, is_known, learners, self.shard.gone)
         if step is None:
             if member.machine.version > member.active_version and not view.pending:
                 self._ask_versions(member)

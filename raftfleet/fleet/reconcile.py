@@ -90,7 +90,11 @@ def quorum(voter_count: int) -> int:
 
 
 def next_step(
-    view: GroupView, desired: Sequence[int], known: Callable[[int], bool], learners: Sequence[int] = ()
+    view: GroupView,
+    desired: Sequence[int],
+    known: Callable[[int], bool],
+    learners: Sequence[int] = (),
+    given_up: Collection[int] = (),
 ) -> Step | None:
     """The next step towards ``desired``, or None if there is none to take now.
 
@@ -99,13 +103,15 @@ def next_step(
         desired: instances of the voters that it should have, desired leader first. Empty: leave all as it is.
         known: whether an instance is a current instance of a known node; what is not known is gone for good.
         learners: instances that should stay or become learners without being promoted (the fleet group's).
+        given_up: instances that an operator has declared dead, perhaps not in the fleet's log yet: they are not brought
+            in. One that lives after all holds what its group has gone on without.
     """
     if view.pending or not desired:
         return None
     return (
         _remove_gone(view, desired, known)
         or _remove_outlier(view)
-        or _add_missing(view, desired, learners)
+        or _add_missing(view, desired, learners, given_up)
         or _promote_caught_up(view, desired)
         or _remove_surplus(view, desired, known, learners)
         or _bring_leadership_home(view, desired)
@@ -141,10 +147,12 @@ def _retire(view: GroupView, voters: Sequence[int], desired: Sequence[int]) -> S
     return None
 
 
-def _add_missing(view: GroupView, desired: Sequence[int], learners: Sequence[int]) -> Step | None:
+def _add_missing(
+    view: GroupView, desired: Sequence[int], learners: Sequence[int], given_up: Collection[int]
+) -> Step | None:
     members = {*view.voters, *view.learners}
     for instance in (*desired, *learners):
-        if instance not in members:
+        if instance not in members and instance not in given_up:
             return AddLearner(instance)
     return None
 

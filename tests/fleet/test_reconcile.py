@@ -45,6 +45,7 @@ def test_a_gone_voter_goes_first_and_its_replacement_follows() -> None:
     alive = frozenset({1, 2})
     assert next_step(view(1, [1, 2, 3], live=alive), [1, 2, 4], known) == Remove(3)
     assert next_step(view(1, [1, 2]), [1, 2, 4], known) == AddLearner(4)
+    assert next_step(view(1, [1, 2]), [1, 2, 4], known, given_up={4: "operator"}) is None
     assert next_step(view(1, [1, 2], [4], caught_up=alive), [1, 2, 4], known) is None
     assert next_step(view(1, [1, 2], [4]), [1, 2, 4], known) == Promote(4)
 
