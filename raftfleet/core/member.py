@@ -61,7 +61,7 @@ from raftfleet.core import (
 )
 from raftfleet.core.log import Log
 from raftfleet.core.names import FLEET_UID
-from raftfleet.core.roles import FOLLOWER, LEADER, NEVER_US
+from raftfleet.core.roles import EPOCH_SHIFT, FOLLOWER, LEADER, NEVER_US
 from raftfleet.core.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -240,7 +240,13 @@ class Member:
         No vote goes to a log that ends before ``forgotten_end``, this member's for itself neither: while its leader
         sends it the log of its former life again, configurations of old are in force, and one may have it as the only
         voter (DESIGN 5.7).
+
+        Nor does one campaign in an epoch of which it has no entry: who began it forced a configuration that is not
+        known here. Members that were given up, and live, would elect each other by the one of old, and depose those
+        that went on without them (DESIGN 5.15).
         """
+        if self.term >> EPOCH_SHIFT > self.log.last_term >> EPOCH_SHIFT:
+            return False
         if (self.log.last_term, self.log.last_index) < self.forgotten_end:
             return False
         return self.id in self.membership.voters or self.id in self.committed_membership()[1].voters

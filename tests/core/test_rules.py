@@ -1038,6 +1038,24 @@ def test_rule_15_a_straggler_of_the_old_epoch_is_refused() -> None:
     assert cluster.leader() == leader
 
 
+def test_rule_15_who_has_no_entry_of_an_epoch_is_no_candidate_in_it() -> None:
+    """Those who were given up, and live, would elect each other and depose the ones that went on without them."""
+    lone = Lone()
+    lone.receive(2, append(1, (0, 0), [1, 1], commit=2))
+    epoch = 1 << 32 | 3
+    lone.receive(3, append(epoch, (9, epoch), [epoch], life=8))
+    assert (lone.member.term, lone.member.log.last_term) == (epoch, 1)
+    asked = [m for _, m in lone.pass_time(9) if isinstance(m, Vote)]
+    assert asked and all(m.pre for m in asked)
+    lone.receive(2, VoteAnswer(VOTE_ANSWER, 1, epoch + 1, True, True))
+    assert not [m for _, m in lone.pass_time(9) if isinstance(m, Vote) and not m.pre]
+    lone.receive(3, append(epoch, (2, 1), [epoch], life=8))
+    assert lone.member.log.last_term == epoch
+    lone.pass_time(5)
+    lone.receive(2, VoteAnswer(VOTE_ANSWER, 1, epoch + 1, True, True))
+    assert lone.member.term == epoch + 1, "with an entry of it, it is"
+
+
 def test_rule_15_nobody_is_forced_while_a_declared_death_is_unknown_here() -> None:
     lone = Lone()
     lone.receive(2, ForceConfig(12, 1, 1 << 32, [1], [2, 3]))
