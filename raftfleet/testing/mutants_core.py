@@ -342,8 +342,7 @@ IDENTITY = (
             ">= max((log.last_term, log.last_index), member.forgotten_end)",
             ">= (log.last_term, log.last_index)",
         ),
-        _SMALL_APPENDS,
-        profile="changes",
+        profile="reborn",
     ),
     mutant(
         "vote-of-an-earlier-life-forgotten",

@@ -31,6 +31,7 @@ class SimulationOptions:
         usurp_rate: a new leader falls for good right after its election, and its only voter's log lacks entries.
         strand_rate: a follower that alone heard a cut-off leader takes the next one's word in the same turn, and dies.
         abandon_rate: a learner is removed before it has anything, while it is cut off.
+        rebirth_rate: a voter is removed and added again, and has only a part of its log when one that lags asks for it.
         place_counts: how many places there may be; each as likely.
         replicas: how many voters a group may begin with; each as likely.
         pad_bytes: added to each command.
@@ -65,6 +66,7 @@ class SimulationOptions:
     usurp_rate: float = 0.0
     strand_rate: float = 0.0
     abandon_rate: float = 0.0
+    rebirth_rate: float = 0.0
     place_counts: tuple[int, ...] = (3, 3, 3, 4, 4, 5)
     replicas: tuple[int, ...] = (3, 3, 3, 3, 5, 1)
     pad_bytes: int = 0
@@ -261,6 +263,14 @@ DIRECTED = (
         think_us=(100_000, 200_000),
         entries_kept=(1,),
         chunk_bytes=100,
+    ),
+    _profile(
+        "reborn",
+        **{**_PEACE, "network_faults": False, "rebirth_rate": 0.4, "place_counts": (5,), "replicas": (5,)},
+        fault_us=40 * SECOND_US,
+        think_us=(50_000, 100_000),
+        entries_kept=(1000,),
+        pad_bytes=4_000,
     ),
     _profile(
         "durable torn",

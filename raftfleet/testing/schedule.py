@@ -51,6 +51,7 @@ def draw_schedule(seed: int, options: SimulationOptions) -> list[Fault]:
         ("usurp", options.usurp_rate),
         ("strand", options.strand_rate),
         ("abandon", options.abandon_rate),
+        ("rebirth", options.rebirth_rate),
     ]
     if options.is_durable:
         rates += [

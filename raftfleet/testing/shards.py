@@ -121,7 +121,8 @@ class SimShard:
         """The turn after its clock was read, which showed ``local_us``."""
         core = self.core
         frames, self._frames = self._frames, []
-        core.clock_read(self.clock.local_us(self._queue.now_us))  # they came, maybe, while it stood still
+        if frames:  # only then, as in production: what clients ask may be taken by an older clock
+            core.clock_read(self.clock.local_us(self._queue.now_us))  # they came, maybe, while it stood still
         for from_instance, frame in frames:
             core.receive(from_instance, frame)
         if self._work:
@@ -155,8 +156,8 @@ class SimShard:
     def pause(self, within_turn: bool) -> None:
         """Stop, between two turns or, ``within_turn``, in the middle of the next one.
 
-        There it stops as soon as its clock was read, so that it takes what came meanwhile by an old clock, or, the next
-        time, after the state was read and before anything leaves.
+        There it stops as soon as its clock was read, so that it takes what clients asked meanwhile by an old clock, or,
+        the next time, after the state was read and before anything leaves.
         """
         assert not self.is_dead
         if self.is_paused:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 
+from raftfleet.core.member import Member
 from raftfleet.testing.clock import MILLISECOND_US, SECOND_US
 from raftfleet.testing.disk import CRASH, EIO, ENOSPC, TEAR
 from raftfleet.testing.network import DROP, STALL, NetworkFaults
@@ -320,6 +321,40 @@ class FaultLayer(OperatorLayer):
         self._cut_off(stranger.place, tuple(place for place in range(self.place_count) if place != stranger.place))
         self.queue.after(3 * SECOND_US, self._mend, self.network.pairs())
 
+    def _fault_rebirth(self, rng: random.Random) -> None:
+        """A voter is removed and added again, and when it has a part of its former log, it meets one that lags behind.
+
+        Nobody else is there for the two. What the one asks, the other may not grant: it held more in its former life.
+        It knows who votes only from a change that lies far enough back in the log; the first one serves the next.
+        """
+        uid = rng.choice(self.group_uids)
+        leader = self.leader_of(uid)
+        voters = self._voters_elsewhere(leader, uid)
+        is_cut = any(not self.network.is_open(a, b) for a, b in self.network.pairs())
+        if leader is None or len(voters) < 4 or is_cut or any(shard is None for shard in self.shards):
+            return
+        laggard, reborn = rng.sample(voters, 2)
+        self.tell(f"group {uid}: {laggard.instance} is cut off, then {reborn.instance} is removed")
+        self._cut_off(laggard.place, tuple(place for place in range(self.place_count) if place != laggard.place))
+        delay_us = int((0.3 + 0.3 * rng.random()) * SECOND_US)
+        self.queue.after(delay_us, self._change, leader, uid, "remove_member", reborn.instance)
+        self._await_rebirth(uid, laggard, reborn, self.queue.now_us + 4 * SECOND_US)
+
+    def _await_rebirth(self, uid: int, laggard: SimShard, reborn: SimShard, until_us: int) -> None:
+        if laggard.is_dead or reborn.is_dead or not self.faults_on or self.queue.now_us > until_us:
+            self._mend(self.network.pairs())
+            return
+        asks, asked = laggard.core.members.get(uid), reborn.core.members.get(uid)
+        if asks is None or asked is None or not _is_partly_back(asks, asked):
+            self.queue.after(100, self._await_rebirth, uid, laggard, reborn, until_us)
+            return
+        self.count("reborn")
+        self.tell(f"instance {reborn.instance} is back with {asked.last_index} entries, alone with {laggard.instance}")
+        pair = (laggard.place, reborn.place)
+        self._cut_off(reborn.place, tuple(place for place in range(self.place_count) if place not in pair))
+        self._mend([pair, (reborn.place, laggard.place)])
+        self.queue.after(4 * SECOND_US, self._mend, self.network.pairs())
+
     def _cut_off(self, place: int, others: tuple[int, ...]) -> None:
         for other in others:
             self.network.cut(place, other)
@@ -358,3 +393,8 @@ class FaultLayer(OperatorLayer):
         uid = rng.choice(self.group_uids)
         self._add_group(rng)
         self._drop_group(uid, rng)
+
+
+def _is_partly_back(asks: Member, asked: Member) -> bool:
+    """Whether one that was added again knows who votes, and by its present log alone would vote for ``asks``."""
+    return bool(asked.membership.lives) and asked.last_index < asks.last_index < asked.forgotten_end[1]

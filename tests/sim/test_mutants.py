@@ -20,6 +20,8 @@ QUICK = (
     "newcomer-votes-at-once",
     "promoted-before-caught-up",
     "pre-vote-raises-the-term",
+    "lease-clock-read-once",
+    "vote-by-the-present-log-only",
     "leader-counts-unsaved",
 )
 

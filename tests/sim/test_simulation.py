@@ -59,9 +59,12 @@ def test_a_seed_that_once_failed_still_passes(profile: str, seed: int) -> None:
 def test_a_directed_profile_keeps_every_promise(profile: str) -> None:
     result = simulate.run_seed(1, PROFILES[profile])
     assert not isinstance(result, str), result
-    told = {"usurpers": "usurped", "durable stranded": "stranded", "abandoned": "abandoned"}.get(
-        profile, "crash of all"
-    )
+    told = {
+        "usurpers": "usurped",
+        "durable stranded": "stranded",
+        "abandoned": "abandoned",
+        "reborn": "reborn",
+    }.get(profile, "crash of all")
     assert result.counts.get(told, 0) > 0, f"{told} never happened: {result.counts}"
 
 
