@@ -144,6 +144,18 @@ class Load:
             self.counts[group] = expected + 1
 
 
+def instances(fleet: LocalFleet) -> dict[str, list[int]]:
+    """Of each node's workers, once all have said who they are: a status may be older than a worker that just began."""
+
+    def known() -> dict[str, list[int]] | None:
+        found = {name: [worker["instance"] for worker in fleet.status(name)["workers"]] for name in fleet.nodes}
+        return found if all(map(all, found.values())) else None
+
+    found = fleet.wait_until(known, 60.0, "every worker to be known")
+    assert found is not None
+    return found
+
+
 def assert_at_rest(fleet: LocalFleet, zones: Mapping[str, str], replicas: int, load: Load | None = None) -> None:
     """Every group on its desired members and leader, spread over zones, with no node overloaded; counts intact.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from e2e.conftest import APPS
-from e2e.load import JUST_AN_INT, THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
+from e2e.load import JUST_AN_INT, THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest, instances
 
 import raftfleet
 from raftfleet import errors
@@ -202,7 +202,7 @@ def test_while_all_disks_are_full_idle_groups_keep_leaders_that_answer_queries(
 def test_a_worker_whose_write_fails_ends_and_reads_its_disk_again(durable: LocalFleet) -> None:
     durable.start_nodes(THREE_NODES_IN_THREE_ZONES)
     groups = add_groups(durable, 6)
-    before = {name: durable.status(name)["workers"][0]["instance"] for name in THREE_NODES_IN_THREE_ZONES}
+    before = instances(durable)
     with Load(durable, groups, via=["n2", "n3"]) as load:
         load.await_progress()
         pid = durable.worker_pid("n1", 0)
@@ -212,5 +212,5 @@ def test_a_worker_whose_write_fails_ends_and_reads_its_disk_again(durable: Local
         durable.wait_until(lambda: "exited with code 10" in durable.nodes["n1"].log(), 60.0, "the worker to end")
         durable.wait_until(lambda: durable.worker_pid("n1", 0) not in (0, pid), 60.0, "the worker to be back")
         load.await_progress(3, deadline_s=60.0)
-    assert {name: durable.status(name)["workers"][0]["instance"] for name in before} == before
+    assert instances(durable) == before
     assert_at_rest(durable, THREE_NODES_IN_THREE_ZONES, 3, load)

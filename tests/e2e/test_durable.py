@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from e2e.conftest import APPS
-from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest
+from e2e.load import THREE_NODES_IN_THREE_ZONES, Load, add_groups, assert_at_rest, instances
 
 from raftfleet.node.exit_codes import ExitCode
 from raftfleet.testing import LocalFleet
@@ -31,10 +31,6 @@ def restart_all(fleet: LocalFleet) -> None:
         fleet.restart_node(name, wait=False)
     for name in fleet.nodes:
         fleet.wait_until(lambda name=name: fleet.status(name)["state"] == "active", 60.0, f"{name} to be active")
-
-
-def instances(fleet: LocalFleet) -> dict[str, list[int]]:
-    return {name: [worker["instance"] for worker in fleet.status(name)["workers"]] for name in fleet.nodes}
 
 
 def test_all_nodes_killed_at_once_under_load_lose_nothing_and_run_nothing_twice(durable: LocalFleet) -> None:
