@@ -1,9 +1,9 @@
 """What an instance said rests on its disk: whether it is there when it comes back.
 
-A process that ends between two turns has saved everything that it ever told: term, vote and log. So what the next one
-of its instance finds can be compared with what the last one was, at once and in full, instead of waiting until a lost
-entry is missed. (What ends in the middle of a call to the disk may find the state before that turn or after it, or
-parts of both; that is judged by what it does later.)
+A process that ends between two turns, and had room on its disk, has saved everything that it is: term, vote and log. So
+what the next one of its instance finds can be compared with what the last one was, at once and in full, instead of
+waiting until a lost entry is missed. (What ends in the middle of a call to the disk, or without room, may come back as
+it was before that turn, after it, or in parts; that is judged by what it does later.)
 
 This module changes nothing. It reads members' own fields and knows nothing of files.
 """
@@ -23,7 +23,6 @@ class _Kept(NamedTuple):
     first: int
     saved: int
     terms: list[int]
-    is_vote_saved: bool
 
 
 class RestartChecker:
@@ -34,7 +33,9 @@ class RestartChecker:
 
     def ended(self, instance: int, shard: Any) -> None:
         """A process ends between two turns; its disk stays."""
-        self._kept[instance] = {uid: _keep(shard, member) for uid, member in shard.members.items()}
+        self._kept.pop(instance, None)
+        if shard.is_saved:
+            self._kept[instance] = {uid: _keep(shard, member) for uid, member in shard.members.items()}
 
     def forget(self, instance: int) -> None:
         """It ended in the middle of something, or its disk is gone."""
@@ -46,7 +47,7 @@ class RestartChecker:
             member = restored.get(uid)
             if member is None:
                 raise Violation(f"restart: {instance} comes back without its member of group {uid}")
-            if kept.is_vote_saved and (member.term, member.vote) != (kept.term, kept.vote):
+            if (member.term, member.vote) != (kept.term, kept.vote):
                 raise Violation(
                     f"restart: {instance} was in term {kept.term} of group {uid}, with vote {kept.vote}, and comes back"
                     f" with {member.term} and {member.vote}"
@@ -71,5 +72,5 @@ class RestartChecker:
 def _keep(shard: Any, member: Any) -> _Kept:
     log = member.log
     terms = [log.term_at(index) for index in range(log.first_index, log.last_index + 1)]
-    saved = max(shard.saved_index(member), log.first_index - 1) if shard.is_saved else log.first_index - 1
-    return _Kept(member.term, member.vote, log.first_index, saved, terms, shard.is_saved)
+    saved = max(shard.saved_index(member), log.first_index - 1)
+    return _Kept(member.term, member.vote, log.first_index, saved, terms)

@@ -49,6 +49,7 @@ def test_what_was_saved_and_is_not_there_is_noticed(after: Any, told: str) -> No
 def test_what_was_not_saved_may_be_lost() -> None:
     _come_back(_member([1, 1, 2]), _member([1, 1]), saved=2)
     _come_back(_member([1, 1, 2]), _member([1], term=2), is_saved=False)
+    _come_back(_member([1, 1, 2]), None, is_saved=False)
 
 
 def test_who_ended_in_the_middle_of_something_is_not_judged() -> None:
