@@ -270,10 +270,10 @@ class Worker:
         for peer, messages in host.collect_answers().items():
             self.peers.send(peer, messages)
         if host.fleet_id and not self.fleet_set:
-            self.fleet_set = True
-            if self.keeper is not None:
-                self.keeper.store.set_fleet(host.fleet_id)  # before anything of that fleet is heard
-            self.peers.set_fleet(host.fleet_id)
+            # On the disk before anything of that fleet is heard.
+            self.fleet_set = self.keeper is None or self.keeper.set_fleet(host.fleet_id)
+            if self.fleet_set:
+                self.peers.set_fleet(host.fleet_id)
         if (
             out.table
             or out.addresses

@@ -141,6 +141,21 @@ class Keeper:
 
     # ------------------------------------------------------------------ what waits for the disk
 
+    def set_fleet(self, fleet: bytes) -> bool:
+        """Whether the disk says now whose it is. False: no room for that, ask again; until then it is nobody's."""
+        if self.now_us < self._retry_us:
+            return False
+        self.watch(True)
+        try:
+            self.store.set_fleet(fleet)
+            return True
+        except StorageFull as error:
+            self.store.problems.append(str(error))
+            self._retry_us = self.now_us + FULL_RETRY_US
+            return False
+        finally:
+            self.watch(False)
+
     def save_snapshot(self, uid: int, index: int, term: int, data: bytes) -> bool:
         """See :class:`raftfleet.core.durable.Disk`."""
         self.watch(True)

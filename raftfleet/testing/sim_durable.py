@@ -87,8 +87,7 @@ class DurableSimWorker(SimWorker):
         out = host.settle(host.now_us)
         self._send(host.collect_answers())
         if host.fleet_id and not self._is_fleet_saved:
-            self._is_fleet_saved = True
-            keeper.store.set_fleet(host.fleet_id)
+            self._is_fleet_saved = keeper.set_fleet(host.fleet_id)
         self._carry_out(out)
         if host.has_work:
             keeper.work(keeper.now_us)

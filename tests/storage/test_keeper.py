@@ -68,6 +68,19 @@ class Node:
         return info.index if info is not None else 0
 
 
+def test_a_disk_without_room_for_the_name_of_the_fleet_takes_it_later() -> None:
+    node = Node()
+    node.files.plan = lambda number, name: ENOSPC if name == "pwrite" else None
+    assert not node.keeper.set_fleet(b"f" * 16)
+    node.files.plan = lambda number, name: None
+    assert not node.keeper.set_fleet(b"f" * 16), "a few times a second is often enough"
+    node.turn(us=1_000_000)
+    assert node.keeper.set_fleet(b"f" * 16)
+    node.files.kill()
+    again = Node(node.files)
+    assert again.found.fleet == b"f" * 16
+
+
 def test_a_log_that_grows_is_snapshotted_and_its_segments_are_freed() -> None:
     node = Node()
     node.write(1000)
