@@ -30,7 +30,7 @@ from raftfleet.testing.profiles import PROFILES
 from raftfleet.testing.simulation import Simulation, SimulationFailure
 
 SEEDS_MAX = 400
-"""Seeds after which a mutant counts as a survivor: four times what the hardest one needs."""
+"""Seeds after which a mutant counts as a survivor: twice what the hardest one needs."""
 
 NOTICES = 3
 """Seeds in which a mutant is noticed before the next one's turn; and, after the first, not many more are played."""
